@@ -1,0 +1,72 @@
+// Input checks of the operators. The Python functions explain an argument's error to its user; these
+// guard memory for whoever calls torch.ops.fastlm directly, with one line that names the argument.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace fastlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_string(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return kF64;
+    case ScalarType::Float: return kF32;
+    case ScalarType::BFloat16: return kBF16;
+    case ScalarType::Half: return kF16;
+    default:
+      STD_TORCH_CHECK(false, "fastlm::", op, ": ", name,
+                      " must be float64, float32, bfloat16 or float16");
+      return kDTypes;
+  }
+}
+
+// The dtype in which a kernel computes and keeps statistics: float64 for float64, else float32.
+inline ScalarType compute_type(ScalarType t) {
+  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dtype(const Tensor& t, ScalarType want, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == want, "fastlm::", op, ": ", name,
+                  " has another dtype than required");
+}
+
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> want, const char* op,
+                        const char* name) {
+  bool same = t.dim() == int64_t(want.size());
+  int64_t i = 0;
+  std::string expected = "(";
+  for (int64_t n : want) {
+    expected += (i ? ", " : "") + std::to_string(n);
+    same = same && t.size(i) == n;
+    ++i;
+  }
+  STD_TORCH_CHECK(same, "fastlm::", op, ": ", name, " has shape ", shape_string(t), ", expected ",
+                  expected, ")");
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
+                              dtype);
+}
+
+inline Tensor contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace fastlm

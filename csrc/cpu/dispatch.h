@@ -1,0 +1,24 @@
+// The kernel tables of the ISA in use.
+#pragma once
+#include "attention.h"
+#include "cross_entropy.h"
+#include "gru.h"
+#include "kernels.h"
+
+namespace fastlm {
+
+struct Kernels {
+  const char* isa;
+  bool (*runs_here)();
+  AttentionKernels attention;
+  CrossEntropyKernels cross_entropy;
+  GruKernels gru;
+};
+
+const Kernels& kernels();                      // FASTLM_ISA, else the last that runs here
+const Kernels* all_kernels(int* count);        // every ISA that was built, from plain to wide
+void use_kernels(const Kernels& k);
+
+Pool torch_pool();
+
+}  // namespace fastlm

@@ -1,0 +1,273 @@
+// Matrix products. Two levels:
+//   matmul  C[M][N] (+)= A[M][K] B[K][N] on blocks that lie in cache, for fused bodies to inline
+//   gemm    the same for whole matrices of any storage type and strides, packed and parallel
+//
+// The micro-kernel keeps kRows x 3 vectors of C in registers. Per step of k it loads 3 vectors of a
+// row of B and broadcasts kRows elements of A straight from memory, so A needs no packing in either
+// layout and C needs no transposition. This is the register-tiled scheme of Goto and van de Geijn
+// (Anatomy of High-Performance Matrix Multiplication, 2008) with 4x3 tiles for 16 registers and 8x3
+// for 32. Every element of C is summed over k in one fixed order, whatever the tile it falls into.
+//
+// Mul says what an element is: Float<T> multiplies T by T; Bf16Pair takes words of two bf16 along k.
+#pragma once
+#include "simd.h"
+
+namespace fastlm::FASTLM_ISA {
+
+template <class T> struct Float {
+  using elem = T;
+  using acc = T;
+  static FASTLM_INLINE Vec<T> madd(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+};
+struct Bf16Pair {
+  using elem = uint32_t;
+  using acc = float;
+  static FASTLM_INLINE Vec<float> madd(Words a, Words b, Vec<float> c) { return dot2(c, a, b); }
+};
+
+inline constexpr int kNV = 3;  // vectors in a row of a micro-tile
+
+enum Layout { kRowMajor, kColMajor };  // A(m, k) at a[m * lda + k] or a[k * lda + m]
+enum Update { kOverwrite, kAccumulate };
+
+// c[r][v] = sum_k A(r, k) * b[k * ldb + v * lanes ...], added to what c holds.
+template <class Mul, int kRows, int kVecs, Layout kA>
+FASTLM_INLINE void micro(int64_t K, const typename Mul::elem* __restrict a, int64_t lda,
+                         const typename Mul::elem* __restrict b, int64_t ldb,
+                         Vec<typename Mul::acc> (&c)[kRows][kVecs]) {
+  using E = typename Mul::elem;
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<E> row[kVecs];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) row[v] = load_raw<Vec<E>>(b + k * ldb + v * kLanes<E>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      E x;
+      __builtin_memcpy(&x, kA == kRowMajor ? a + r * lda + k : a + k * lda + r, sizeof x);
+      const Vec<E> xs = splat<E>(x);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) c[r][v] = Mul::madd(xs, row[v], c[r][v]);
+    }
+  }
+}
+
+template <class Mul, int kRows, int kVecs, Layout kA, Update kUpdate>
+inline __attribute__((noinline)) void tile(int64_t K, const typename Mul::elem* a, int64_t lda,
+                                           const typename Mul::elem* b, int64_t ldb,
+                                           typename Mul::acc* c, int64_t ldc) {
+  using T = typename Mul::acc;
+  Vec<T> acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v)
+      acc[r][v] = kUpdate == kAccumulate ? load<T>(c + r * ldc + v * kLanes<T>) : Vec<T>{};
+  micro<Mul, kRows, kVecs, kA>(K, a, lda, b, ldb, acc);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
+}
+
+template <class Mul, int kVecs, Layout kA, Update kUpdate>
+FASTLM_INLINE void column_of_tiles(int64_t M, int64_t K, const typename Mul::elem* a, int64_t lda,
+                                   const typename Mul::elem* b, int64_t ldb,
+                                   typename Mul::acc* c, int64_t ldc) {
+  const int64_t step = kA == kRowMajor ? lda : 1;
+  int64_t m = 0;
+  for (; m + kMR <= M; m += kMR)
+    tile<Mul, kMR, kVecs, kA, kUpdate>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+  if constexpr (kMR > 4)
+    if (M - m >= 4) {
+      tile<Mul, 4, kVecs, kA, kUpdate>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+      m += 4;
+    }
+  if (M - m >= 2) {
+    tile<Mul, 2, kVecs, kA, kUpdate>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+    m += 2;
+  }
+  if (M - m >= 1) tile<Mul, 1, kVecs, kA, kUpdate>(K, a + m * step, lda, b, ldb, c + m * ldc, ldc);
+}
+
+// C[M][N] (+)= A B for blocks in cache. N is a multiple of the lanes; M and K are any.
+template <class Mul, Layout kA, Update kUpdate>
+inline void matmul(int64_t M, int64_t N, int64_t K, const typename Mul::elem* a, int64_t lda,
+                   const typename Mul::elem* b, int64_t ldb, typename Mul::acc* c, int64_t ldc) {
+  constexpr int kL = kLanes<typename Mul::acc>;
+  int64_t n = 0;
+  for (; n + kNV * kL <= N; n += kNV * kL)
+    column_of_tiles<Mul, kNV, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
+  if (N - n == 2 * kL) column_of_tiles<Mul, 2, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
+  if (N - n == kL) column_of_tiles<Mul, 1, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
+}
+
+// ---- packing ----
+
+using Quad = VectorOf<uint32_t, 16>::type;
+
+// dst[j * ldd + i] = src[i * lds + j] for a 4x4 block of 32-bit elements.
+FASTLM_INLINE void transpose_quad(const void* src, int64_t lds, void* dst, int64_t ldd) {
+  const char* s = static_cast<const char*>(src);
+  char* d = static_cast<char*>(dst);
+  Quad r0, r1, r2, r3;
+  __builtin_memcpy(&r0, s, 16);
+  __builtin_memcpy(&r1, s + 4 * lds, 16);
+  __builtin_memcpy(&r2, s + 8 * lds, 16);
+  __builtin_memcpy(&r3, s + 12 * lds, 16);
+#if defined(__clang__)
+#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Quad{i, j, k, l})
+#endif
+  const Quad t0 = FASTLM_SHUFFLE(r0, r1, 0, 4, 1, 5), t1 = FASTLM_SHUFFLE(r2, r3, 0, 4, 1, 5);
+  const Quad t2 = FASTLM_SHUFFLE(r0, r1, 2, 6, 3, 7), t3 = FASTLM_SHUFFLE(r2, r3, 2, 6, 3, 7);
+  const Quad c0 = FASTLM_SHUFFLE(t0, t1, 0, 1, 4, 5), c1 = FASTLM_SHUFFLE(t0, t1, 2, 3, 6, 7);
+  const Quad c2 = FASTLM_SHUFFLE(t2, t3, 0, 1, 4, 5), c3 = FASTLM_SHUFFLE(t2, t3, 2, 3, 6, 7);
+#undef FASTLM_SHUFFLE
+  __builtin_memcpy(d, &c0, 16);
+  __builtin_memcpy(d + 4 * ldd, &c1, 16);
+  __builtin_memcpy(d + 8 * ldd, &c2, 16);
+  __builtin_memcpy(d + 12 * ldd, &c3, 16);
+}
+
+// dst[c * ldd + r] = src[r * lds + c], R rows of C columns, equal element types.
+template <class E>
+inline void transpose(int64_t R, int64_t C, const E* src, int64_t lds, E* dst, int64_t ldd) {
+  int64_t r = 0;
+  if constexpr (sizeof(E) == 4) {
+    for (; r + 4 <= R; r += 4) {
+      int64_t c = 0;
+      for (; c + 4 <= C; c += 4) transpose_quad(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+      for (; c < C; ++c)
+        for (int i = 0; i < 4; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+    }
+  }
+  for (; r < R; ++r)
+    for (int64_t c = 0; c < C; ++c) dst[c * ldd + r] = src[r * lds + c];
+}
+
+// n elements of a strided row, converted to the compute type.
+template <class T, class S>
+FASTLM_INLINE void convert_row(int64_t n, const S* src, int64_t stride, T* dst) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(dst + i, load<T>(src + i));
+    if (i < n) store(dst + i, load<T>(src + i, n - i), n - i);
+    return;
+  }
+  for (; i < n; ++i) dst[i] = to_compute(src[i * stride]);
+}
+
+// A block of a strided matrix as rows of compute-type elements: dst[r * ldd + c] = src(r, c).
+template <class T, class S>
+inline void pack_rows(int64_t R, int64_t C, const S* src, int64_t rs, int64_t cs, T* dst,
+                      int64_t ldd) {
+  if (cs == 1 || rs != 1) {
+    for (int64_t r = 0; r < R; ++r) convert_row(C, src + r * rs, cs, dst + r * ldd);
+    return;
+  }
+  constexpr int64_t kRun = 64;  // rows lie side by side: read runs of them and turn these around
+  T run[4 * kRun];
+  for (int64_t c = 0; c < C; c += 4)
+    for (int64_t r = 0; r < R; r += kRun) {
+      const int64_t n = least(kRun, R - r), w = least<int64_t>(4, C - c);
+      for (int64_t i = 0; i < w; ++i) convert_row(n, src + r + (c + i) * cs, 1, run + i * kRun);
+      transpose(w, n, run, kRun, dst + r * ldd + c, ldd);
+    }
+}
+
+// ---- gemm ----
+
+// c[m * ldc + n] (+)= sum_k a[m * am + k * ak] * b[k * bk + n * bn] (+ bias[n])
+template <class SA, class SB, class SC> struct Gemm {
+  int64_t M, N, K;
+  const SA* a;
+  int64_t am, ak;
+  const SB* b;
+  int64_t bk, bn;
+  SC* c;
+  int64_t ldc;
+  const compute_t<SC>* bias = nullptr;  // [N]
+  bool accumulate = false;
+};
+
+// Tile sizes: a packed panel of B (kKC x one micro-tile) fills most of a 32 KiB first-level cache,
+// the packed block of B and the tile of C share the second level.
+template <class T> struct Blocking {
+  static constexpr int64_t kNR = kNV * kLanes<T>;
+  static constexpr int64_t kKC = 24 * 1024 / (kNR * int64_t(sizeof(T)));
+  static constexpr int64_t kMC = 192;
+  static constexpr int64_t kNC = round_up<int64_t>(160, kNR);
+};
+
+// One tile of C: sums over blocks of k in the compute type, then bias and conversion.
+template <class SA, class SB, class SC>
+inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t n0, int64_t N) {
+  using T = compute_t<SC>;
+  using Block = Blocking<T>;
+  constexpr int64_t kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC;
+  const bool direct_a = sizeof(SA) == sizeof(T) && (g.ak == 1 || g.am == 1);
+  T* const acc = static_cast<T*>(thread_scratch(kScratchTile, Block::kMC * kNC * sizeof(T)));
+  T* const packed_b = static_cast<T*>(
+      thread_scratch(kScratchPack, (kKC * kNC + Block::kMC * kKC + kNR * kKC) * sizeof(T)));
+  T* const packed_a = packed_b + kKC * kNC;
+  T* const rows = packed_a + Block::kMC * kKC;
+  const int64_t panels = ceil_div(N, kNR);
+
+  for (int64_t k0 = 0; k0 < greatest<int64_t>(g.K, 1); k0 += kKC) {
+    const int64_t K = least(kKC, g.K - k0);
+    for (int64_t p = 0; p < panels; ++p) {
+      T* const panel = packed_b + p * kKC * kNR;
+      const SB* src = g.b + k0 * g.bk + (n0 + p * kNR) * g.bn;
+      const int64_t n = least(kNR, N - p * kNR);
+      if (n < kNR) __builtin_memset(panel, 0, size_t(K) * kNR * sizeof(T));
+      if (g.bk == 1 && g.bn != 1) {
+        for (int64_t i = 0; i < n; ++i) convert_row(K, src + i * g.bn, 1, rows + i * kKC);
+        transpose(n, K, rows, kKC, panel, kNR);
+      } else {
+        for (int64_t k = 0; k < K; ++k) convert_row(n, src + k * g.bk, g.bn, panel + k * kNR);
+      }
+    }
+    const T* a = packed_a;
+    int64_t lda = kKC;
+    bool row_major = true;
+    if (direct_a) {
+      a = reinterpret_cast<const T*>(g.a + m0 * g.am + k0 * g.ak);
+      row_major = g.ak == 1;
+      lda = row_major ? g.am : g.ak;
+    } else {
+      pack_rows(M, K, g.a + m0 * g.am + k0 * g.ak, g.am, g.ak, packed_a, kKC);
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const T* panel = packed_b + p * kKC * kNR;
+      T* c = acc + p * kNR;
+      using Mul = Float<T>;
+      if (k0 == 0 && row_major) matmul<Mul, kRowMajor, kOverwrite>(M, kNR, K, a, lda, panel, kNR, c, kNC);
+      else if (k0 == 0) matmul<Mul, kColMajor, kOverwrite>(M, kNR, K, a, lda, panel, kNR, c, kNC);
+      else if (row_major) matmul<Mul, kRowMajor, kAccumulate>(M, kNR, K, a, lda, panel, kNR, c, kNC);
+      else matmul<Mul, kColMajor, kAccumulate>(M, kNR, K, a, lda, panel, kNR, c, kNC);
+    }
+  }
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; n += kLanes<T>) {
+      const int64_t w = least<int64_t>(kLanes<T>, N - n);
+      SC* out = g.c + (m0 + m) * g.ldc + n0 + n;
+      Vec<T> v = load(acc + m * kNC + n);
+      if (g.bias) v += load(g.bias + n0 + n, w);
+      if (g.accumulate) v += load<T>(out, w);
+      if (w == kLanes<T>) store(out, v);
+      else store(out, v, w);
+    }
+}
+
+template <class SA, class SB, class SC> inline void gemm(const Pool& pool, const Gemm<SA, SB, SC>& g) {
+  using Block = Blocking<compute_t<SC>>;
+  if (g.M <= 0 || g.N <= 0) return;
+  const int64_t rows = ceil_div(g.M, Block::kMC), cols = ceil_div(g.N, Block::kNC);
+  parallel_items(pool, rows * cols, [&](int64_t i) {
+    const int64_t m = (i % rows) * Block::kMC, n = (i / rows) * Block::kNC;
+    gemm_tile(g, m, least(Block::kMC, g.M - m), n, least(Block::kNC, g.N - n));
+  });
+}
+
+}  // namespace fastlm::FASTLM_ISA

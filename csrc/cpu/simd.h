@@ -1,0 +1,414 @@
+// Vectors of one ISA behind one set of functions. A vector is a GCC/Clang vector extension type:
+// + - * / < and `mask ? a : b` are the language's own, and the compiler lowers them to the ISA that
+// the translation unit is compiled for; intrinsics stand here only where the extension has no word
+// for the instruction. Everything lives in the namespace of the ISA (see kernels.h for the reason).
+//
+// T  compute type (float or double)      Vec<T>  kLanes<T> of them
+// S  storage type (double, float, bf16, f16); compute_t<S> is double for double, else float
+//
+// exp and tanh follow Cephes (S. Moshier): Cody-Waite reduction and a polynomial or rational
+// approximation, within 2 ulp.
+#pragma once
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FASTLM_INLINE inline __attribute__((always_inline))
+
+namespace fastlm::FASTLM_ISA {
+
+#if defined(FASTLM_VECTOR_BYTES)  // a wider vector than the ISA has, for tests
+inline constexpr int kVectorBytes = FASTLM_VECTOR_BYTES;
+#elif defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+#if defined(__AVX512BF16__) || defined(FASTLM_BF16_DOT)
+inline constexpr bool kHasBf16Dot = true;
+#else
+inline constexpr bool kHasBf16Dot = false;
+#endif
+// Vector registers: 32 with AVX-512 and NEON, 16 otherwise.
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(FASTLM_VECTOR_BYTES)
+inline constexpr int kMR = 8;
+#else
+inline constexpr int kMR = 4;
+#endif
+
+template <class T> inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T, int kBytes> struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+template <class T> using Vec = typename VectorOf<T, kVectorBytes>::type;
+using Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // storage of kLanes<float> 16-bit values
+using Words = Vec<uint32_t>;                              // pairs of bf16, even k in the low half
+
+template <class S> struct Compute { using type = float; };
+template <> struct Compute<double> { using type = double; };
+template <class S> using compute_t = typename Compute<S>::type;
+
+template <class V> struct Element;
+template <> struct Element<Vec<float>> { using type = float; using mask = Vec<int32_t>; };
+template <> struct Element<Vec<double>> { using type = double; using mask = Vec<int64_t>; };
+template <> struct Element<Words> { using type = uint32_t; using mask = Vec<int32_t>; };
+template <class V> using element_t = typename Element<V>::type;
+template <class V> using mask_t = typename Element<V>::mask;
+template <class V> inline constexpr int kLanesOf = kLanes<element_t<V>>;
+
+template <class T> FASTLM_INLINE T least(T a, T b) { return b < a ? b : a; }
+template <class T> FASTLM_INLINE T greatest(T a, T b) { return a < b ? b : a; }
+template <class T> FASTLM_INLINE T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> FASTLM_INLINE T round_up(T a, T b) { return ceil_div(a, b) * b; }
+
+template <class To, class From> FASTLM_INLINE To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// ---- loads, stores, broadcasts ----
+
+template <class T> FASTLM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }  // x - 0 is x, -0 too
+template <> FASTLM_INLINE Words splat(uint32_t x) { return x + Words{}; }
+
+template <class T> FASTLM_INLINE Vec<T> iota() {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+
+// Lanes 0..n-1 true.
+FASTLM_INLINE Vec<int32_t> first_lanes(int64_t n, float) { return iota<int32_t>() < (int32_t(n) - Vec<int32_t>{}); }
+FASTLM_INLINE Vec<int64_t> first_lanes(int64_t n, double) { return iota<int64_t>() < (n - Vec<int64_t>{}); }
+template <class T> FASTLM_INLINE mask_t<Vec<T>> first_lanes(int64_t n) { return first_lanes(n, T()); }
+
+template <class V> FASTLM_INLINE V load_raw(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FASTLM_INLINE Half load_half(const void* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return Half(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+#else
+  Half h{};
+  for (int64_t i = 0; i < n; ++i) h[i] = static_cast<const uint16_t*>(p)[i];
+  return h;
+#endif
+}
+
+FASTLM_INLINE void store_half(void* p, Half h, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), __m256i(h));
+#else
+  for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(p)[i] = h[i];
+#endif
+}
+
+FASTLM_INLINE Vec<float> widen_bf16(Half h) {
+  return bits_of<Vec<float>>(__builtin_convertvector(h, Words) << 16);
+}
+
+// Rounded to nearest even, in the low half of each word; a NaN stays a NaN.
+FASTLM_INLINE Words round_bf16(Vec<float> x) {
+#if defined(__AVX512BF16__)
+  return __builtin_convertvector(bits_of<Half>(_mm512_cvtneps_pbh(__m512(x))), Words);
+#else
+  const Words u = bits_of<Words>(x);
+  const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Words quiet = (u >> 16) | 0x40u;
+  return (x == x) ? rounded : quiet;
+#endif
+}
+FASTLM_INLINE Half narrow_bf16(Vec<float> x) { return __builtin_convertvector(round_bf16(x), Half); }
+
+FASTLM_INLINE Vec<float> widen_f16(Half h) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_cvtph_ps(__m256i(h)));
+#elif defined(__F16C__) && !defined(FASTLM_VECTOR_BYTES)
+  return Vec<float>(_mm256_cvtph_ps(__m128i(h)));
+#elif defined(__aarch64__)
+  return Vec<float>(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(h))));
+#else
+  const Words w = __builtin_convertvector(h, Words);
+  const Words magnitude = (w & 0x7fffu) << 13;
+  const Vec<float> finite = bits_of<Vec<float>>(magnitude) * splat(0x1p112f);  // subnormals too
+  const Words special = magnitude | 0x7f800000u;                               // inf and NaN
+  const Words result = ((w & 0x7c00u) == 0x7c00u) ? special : bits_of<Words>(finite);
+  return bits_of<Vec<float>>(result | ((w & 0x8000u) << 16));
+#endif
+}
+
+FASTLM_INLINE Half narrow_f16(Vec<float> x) {
+#if defined(__AVX512F__)
+  return Half(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__) && !defined(FASTLM_VECTOR_BYTES)
+  return Half(_mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  return Half(vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(x))));
+#else
+  const Words u = bits_of<Words>(x), sign = u & 0x80000000u, a = u ^ sign;
+  const Words special = (a > 0x7f800000u) ? (Words{} + 0x7e00u) : (Words{} + 0x7c00u);
+  const Words normal = (a + 0xc8000fffu + ((a >> 13) & 1u)) >> 13;
+  const Words subnormal = bits_of<Words>(bits_of<Vec<float>>(a) + splat(0.5f)) - 0x3f000000u;
+  const Words small = (a < 0x38800000u) ? subnormal : normal;
+  const Words magnitude = (a >= 0x47800000u) ? special : small;
+  return __builtin_convertvector(magnitude | (sign >> 16), Half);
+#endif
+}
+
+template <class T> FASTLM_INLINE Vec<T> load(const T* p) { return load_raw<Vec<T>>(p); }
+template <class T> FASTLM_INLINE Vec<T> load(const bf16* p) { return widen_bf16(load_raw<Half>(p)); }
+template <class T> FASTLM_INLINE Vec<T> load(const f16* p) { return widen_f16(load_raw<Half>(p)); }
+
+template <class T> FASTLM_INLINE void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTLM_INLINE void store(bf16* p, Vec<float> v) {
+  const Half h = narrow_bf16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+FASTLM_INLINE void store(f16* p, Vec<float> v) {
+  const Half h = narrow_f16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first n lanes (0 <= n <= lanes); the others are 0, and memory behind them is not touched.
+template <class T> FASTLM_INLINE Vec<T> load(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  else
+    return Vec<T>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>(_mm256_maskload_ps(p, __m256i(first_lanes<T>(n))));
+  else
+    return Vec<T>(_mm256_maskload_pd(p, __m256i(first_lanes<T>(n))));
+#else
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+template <class T> FASTLM_INLINE Vec<T> load(const bf16* p, int64_t n) {
+  return widen_bf16(load_half(p, n));
+}
+template <class T> FASTLM_INLINE Vec<T> load(const f16* p, int64_t n) {
+  return widen_f16(load_half(p, n));
+}
+template <class T> FASTLM_INLINE void store(T* p, Vec<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v));
+#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+  if constexpr (sizeof(T) == 4)
+    _mm256_maskstore_ps(p, __m256i(first_lanes<T>(n)), __m256(v));
+  else
+    _mm256_maskstore_pd(p, __m256i(first_lanes<T>(n)), __m256d(v));
+#else
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+FASTLM_INLINE void store(bf16* p, Vec<float> v, int64_t n) { store_half(p, narrow_bf16(v), n); }
+FASTLM_INLINE void store(f16* p, Vec<float> v, int64_t n) { store_half(p, narrow_f16(v), n); }
+
+// Scalars of any storage type; the 16-bit ones go through lane 0, so that they round alike.
+FASTLM_INLINE double to_compute(double x) { return x; }
+FASTLM_INLINE float to_compute(float x) { return x; }
+FASTLM_INLINE float to_compute(bf16 x) { return bits_of<float>(uint32_t(x.bits) << 16); }
+FASTLM_INLINE float to_compute(f16 x) { return load<float>(&x, 1)[0]; }
+template <class S> FASTLM_INLINE S from_compute(compute_t<S> x) {
+  S y;
+  store(&y, splat(x), 1);
+  return y;
+}
+
+// ---- arithmetic ----
+
+// Contracted to one instruction where the ISA has it (-ffp-contract=fast).
+template <class V> FASTLM_INLINE V fma(V a, V b, V c) { return a * b + c; }
+
+template <class V> FASTLM_INLINE V select(mask_t<V> m, V a, V b) { return m ? a : b; }
+
+// Of two operands of which one is NaN, the second is returned, as maxps does.
+template <class V> FASTLM_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(element_t<V>) == 4) return V(_mm512_max_ps(__m512(a), __m512(b)));
+  else return V(_mm512_max_pd(__m512d(a), __m512d(b)));
+#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+  if constexpr (sizeof(element_t<V>) == 4) return V(_mm256_max_ps(__m256(a), __m256(b)));
+  else return V(_mm256_max_pd(__m256d(a), __m256d(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+template <class V> FASTLM_INLINE V min(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(element_t<V>) == 4) return V(_mm512_min_ps(__m512(a), __m512(b)));
+  else return V(_mm512_min_pd(__m512d(a), __m512d(b)));
+#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+  if constexpr (sizeof(element_t<V>) == 4) return V(_mm256_min_ps(__m256(a), __m256(b)));
+  else return V(_mm256_min_pd(__m256d(a), __m256d(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+template <class V> FASTLM_INLINE V abs(V a) { return max(a, -a); }
+
+// acc + a.lo * b.lo + a.hi * b.hi over pairs of bf16.
+FASTLM_INLINE Vec<float> dot2(Vec<float> acc, Words a, Words b) {
+#if defined(__AVX512BF16__)
+  return Vec<float>(_mm512_dpbf16_ps(__m512(acc), bits_of<__m512bh>(a), bits_of<__m512bh>(b)));
+#else
+  const Words high = Words{} + 0xffff0000u;
+  acc = fma(bits_of<Vec<float>>(a & high), bits_of<Vec<float>>(b & high), acc);
+  return fma(bits_of<Vec<float>>(a << 16), bits_of<Vec<float>>(b << 16), acc);
+#endif
+}
+
+// Two vectors rounded to bf16 and paired lane by lane: `even` in the low halves.
+FASTLM_INLINE Words pair_bf16(Vec<float> even, Vec<float> odd) {
+  return round_bf16(even) | (round_bf16(odd) << 16);
+}
+
+// ---- reductions over lanes, in a fixed order (halves folded onto halves) ----
+
+template <class V, class Op> FASTLM_INLINE element_t<V> fold(V v, Op op) {
+  element_t<V> x[kLanesOf<V>];
+  __builtin_memcpy(x, &v, sizeof v);
+  for (int half = kLanesOf<V> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = op(x[i], x[i + half]);
+  return x[0];
+}
+template <class V> FASTLM_INLINE element_t<V> reduce_add(V v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
+}
+template <class V> FASTLM_INLINE element_t<V> reduce_max(V v) {
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// ---- transcendental functions ----
+
+// p * 2^n for integral n held in floating point, |n| within the exponent range; below it, 0.
+FASTLM_INLINE Vec<float> scale2(Vec<float> p, Vec<float> n) {
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+  const Vec<int32_t> e = bits_of<Vec<int32_t>>(n + splat(12582912.f)) - 0x4b400000;  // 1.5 * 2^23
+  return p * bits_of<Vec<float>>((e + 126) << 23) * splat(2.f);
+#endif
+}
+FASTLM_INLINE Vec<double> scale2(Vec<double> p, Vec<double> n) {
+#if defined(__AVX512F__)
+  return Vec<double>(_mm512_scalef_pd(__m512d(p), __m512d(n)));
+#else
+  const Vec<int64_t> e =
+      bits_of<Vec<int64_t>>(n + splat(6755399441055744.)) - 0x4338000000000000;  // 1.5 * 2^52
+  return p * bits_of<Vec<double>>((e + 1022) << 52) * splat(2.);
+#endif
+}
+
+// Results below the smallest normal number are 0; NaN stays NaN.
+FASTLM_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = max(splat(-87.33f), min(splat(89.f), x));  // constants first: a NaN in x comes through
+  const V magic = splat(12582912.f);
+  const V n = fma(x, splat(1.44269504f), magic) - magic;
+  const V r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  V p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + splat(1.f));
+  const V y = scale2(p, n);
+  const V big = (x > splat(88.7228f)) ? splat(__builtin_inff()) : y;
+  return (x <= splat(-87.33f)) ? V{} : big;
+}
+FASTLM_INLINE Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  x = max(splat(-708.39), min(splat(710.), x));
+  const V magic = splat(6755399441055744.);
+  const V n = fma(x, splat(1.4426950408889634), magic) - magic;
+  const V r = fma(n, splat(-1.42860682030941723212e-6), fma(n, splat(-6.93145751953125e-1), x));
+  const V z = r * r;
+  V p = fma(splat(1.26177193074810590878e-4), z, splat(3.02994407707441961300e-2));
+  p = r * fma(p, z, splat(9.99999999999999999910e-1));
+  V q = fma(splat(3.00198505138664455042e-6), z, splat(2.52448340349684104192e-3));
+  q = fma(q, z, splat(2.27265548208155028766e-1));
+  q = fma(q, z, splat(2.));
+  const V y = scale2(fma(splat(2.), p / (q - p), splat(1.)), n);
+  const V big = (x > splat(709.782712893384)) ? splat(__builtin_inf()) : y;
+  return (x <= splat(-708.39)) ? V{} : big;
+}
+
+template <class V> FASTLM_INLINE V sigmoid(V x) {
+  using T = element_t<V>;
+  return splat(T(1)) / (splat(T(1)) + exp(-x));
+}
+
+FASTLM_INLINE Vec<float> tanh(Vec<float> x) {
+  using V = Vec<float>;
+  const V z = x * x;
+  V p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  const V near = fma(p * z, x, x);
+  const V far = splat(1.f) - splat(2.f) / (exp(x + x) + splat(1.f));
+  return (abs(x) < splat(0.625f)) ? near : far;
+}
+FASTLM_INLINE Vec<double> tanh(Vec<double> x) {
+  using V = Vec<double>;
+  const V z = x * x;
+  V p = fma(splat(-9.64399179425052238628e-1), z, splat(-9.92877231001918586564e1));
+  p = fma(p, z, splat(-1.61468768441708447952e3));
+  V q = z + splat(1.12811678491632931402e2);
+  q = fma(q, z, splat(2.23548839060100448583e3));
+  q = fma(q, z, splat(4.84406305325125486048e3));
+  const V near = fma(x * z, p / q, x);
+  const V far = splat(1.) - splat(2.) / (exp(x + x) + splat(1.));
+  return (abs(x) < splat(0.625)) ? near : far;
+}
+
+FASTLM_INLINE float log(float x) { return __builtin_logf(x); }
+FASTLM_INLINE double log(double x) { return __builtin_log(x); }
+
+// ---- threads ----
+
+// f(begin, end) over [0, n), statically divided.
+template <class F> inline void parallel(const Pool& pool, int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  pool.parallel_for(
+      n, grain,
+      [](int64_t begin, int64_t end, void* ctx) { (*static_cast<const F*>(ctx))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// f(i) for each i in [0, n), handed out one by one: for items of unequal cost.
+template <class F> inline void parallel_items(const Pool& pool, int64_t n, const F& f) {
+  const int64_t workers = least<int64_t>(pool.threads, n);
+  int64_t next = 0;
+  parallel(pool, workers, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (i >= n) return;
+      f(i);
+    }
+  });
+}
+
+}  // namespace fastlm::FASTLM_ISA

@@ -1,0 +1,134 @@
+"""Choice of backend and what the operators' autograd formulas share.
+
+Each operator has a module here: its fake kernel, its autograd formula and its entry point, which the
+public functions of `fastlm.functional` call. Importing this package registers them all.
+"""
+
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+import fastlm._C  # noqa: F401  (registers the operators)
+
+BACKENDS = ("cpu", "cuda", "triton", "eager")
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def missing_backends() -> dict[str, str]:
+    """Backends that can't serve any call here, each with the reason."""
+    return {
+        "cuda": "this build of fastlm has no CUDA kernels",
+        "triton": "this build of fastlm has no Triton kernels",
+    }
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    reason = missing_backends().get(name)
+    if reason:
+        raise RuntimeError(f"{source}: backend {name!r} is not available: {reason}")
+    return name
+
+
+_forced = _checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND")
+
+
+class use_backend:
+    """Force one backend for every call of fastlm, from now on or inside a ``with`` block.
+
+    Args:
+        name (str or None): ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"eager"`` (plain PyTorch);
+            ``None`` goes back to the choice by device, dtype and features.
+
+    A call that the forced backend can't serve raises :class:`RuntimeError` with the reason. The
+    environment variable ``FASTLM_BACKEND`` does the same for a whole program.
+
+    Example::
+
+        with fastlm.use_backend("eager"):
+            reference = fastlm.scaled_dot_product_attention(q, k, v)
+    """
+
+    def __init__(self, name: str | None):
+        global _forced
+        self._previous = _forced
+        _forced = _checked(name, "fastlm.use_backend")
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None = None) -> str:
+    """The backend for a call of ``fastlm.<function>`` whose main input is `tensor`.
+
+    `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
+    it then, unless another backend is forced.
+    """
+    reason = unsupported
+    if reason is None:
+        if tensor.device.type not in ("cpu", "meta"):
+            reason = f"no kernel for device {tensor.device}"
+        elif tensor.dtype not in KERNEL_DTYPES:
+            reason = f"no kernel for {tensor.dtype}"
+    if _forced is None:
+        return "cpu" if reason is None else "eager"
+    if reason is not None and _forced != "eager":
+        raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
+    return _forced
+
+
+def under_transform(*tensors: torch.Tensor | None) -> bool:
+    """Whether a functorch transform or forward-mode AD is at work: kernels have no rule for these,
+    the reference formulas compose with all of them."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def reference_backward(function, inputs, needs_grad, grad_outputs):
+    """Gradients of ``function(*inputs)`` as differentiable tensors: for double backward.
+
+    Args:
+        function: plain PyTorch formula, returning a tensor or a tuple of tensors.
+        inputs: its positional arguments.
+        needs_grad: a bool per input.
+        grad_outputs: a tensor or None per output.
+
+    Returns:
+        A tensor or None per input.
+    """
+    with torch.enable_grad():
+        # Aliases: a tensor that is passed twice gets its gradient at each place.
+        inputs = [
+            x.view_as(x) if need and isinstance(x, torch.Tensor) else x
+            for x, need in zip(inputs, needs_grad, strict=True)
+        ]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (y, g)
+            for y, g in zip(outputs, grad_outputs, strict=True)
+            if g is not None and y.requires_grad
+        ]
+        wanted = [x for x, need in zip(inputs, needs_grad, strict=True) if need]
+        if not pairs or not wanted:
+            return tuple(None for _ in inputs)
+        grads = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [g for _, g in pairs],
+                create_graph=True, allow_unused=True,
+            )  # fmt: skip
+        )
+    return tuple(next(grads) if need else None for need in needs_grad)
