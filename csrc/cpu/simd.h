@@ -63,10 +63,10 @@ template <class V> using element_t = typename Element<V>::type;
 template <class V> using mask_t = typename Element<V>::mask;
 template <class V> inline constexpr int kLanesOf = kLanes<element_t<V>>;
 
-template <class T> FASTLM_INLINE T least(T a, T b) { return b < a ? b : a; }
-template <class T> FASTLM_INLINE T greatest(T a, T b) { return a < b ? b : a; }
-template <class T> FASTLM_INLINE T ceil_div(T a, T b) { return (a + b - 1) / b; }
-template <class T> FASTLM_INLINE T round_up(T a, T b) { return ceil_div(a, b) * b; }
+template <class T> FASTLM_INLINE constexpr T least(T a, T b) { return b < a ? b : a; }
+template <class T> FASTLM_INLINE constexpr T greatest(T a, T b) { return a < b ? b : a; }
+template <class T> FASTLM_INLINE constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> FASTLM_INLINE constexpr T round_up(T a, T b) { return ceil_div(a, b) * b; }
 
 template <class To, class From> FASTLM_INLINE To bits_of(From x) {
   static_assert(sizeof(To) == sizeof(From));
