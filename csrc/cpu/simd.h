@@ -44,7 +44,10 @@ inline constexpr int kMR = 4;
 
 template <class T> inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T, int kBytes> struct VectorOf {
+template <class T> concept Number = __is_same(T, float) || __is_same(T, double) || __is_same(T, uint16_t) ||
+    __is_same(T, int32_t) || __is_same(T, uint32_t) || __is_same(T, int64_t);
+template <class T, int kBytes> struct VectorOf {};
+template <Number T, int kBytes> struct VectorOf<T, kBytes> {
   typedef T type __attribute__((vector_size(kBytes)));
 };
 template <class T> using Vec = typename VectorOf<T, kVectorBytes>::type;
@@ -368,8 +371,8 @@ FASTLM_INLINE Vec<float> tanh(Vec<float> x) {
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
   const V near = fma(p * z, x, x);
-  const V far = splat(1.f) - splat(2.f) / (exp(x + x) + splat(1.f));
-  return (abs(x) < splat(0.625f)) ? near : far;
+  const V a = abs(x), far = splat(1.f) - splat(2.f) / (exp(a + a) + splat(1.f));
+  return (a < splat(0.625f)) ? near : ((x < V{}) ? -far : far);
 }
 FASTLM_INLINE Vec<double> tanh(Vec<double> x) {
   using V = Vec<double>;
@@ -380,8 +383,8 @@ FASTLM_INLINE Vec<double> tanh(Vec<double> x) {
   q = fma(q, z, splat(2.23548839060100448583e3));
   q = fma(q, z, splat(4.84406305325125486048e3));
   const V near = fma(x * z, p / q, x);
-  const V far = splat(1.) - splat(2.) / (exp(x + x) + splat(1.));
-  return (abs(x) < splat(0.625)) ? near : far;
+  const V a = abs(x), far = splat(1.) - splat(2.) / (exp(a + a) + splat(1.));
+  return (a < splat(0.625)) ? near : ((x < V{}) ? -far : far);
 }
 
 FASTLM_INLINE float log(float x) { return __builtin_logf(x); }

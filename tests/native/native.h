@@ -1,0 +1,45 @@
+// What the kernel bodies need from outside, without torch: a pool of real threads and scratch memory
+// that is allocated at every growth, so that the sanitizers see each buffer's exact size.
+#pragma once
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastlm {
+
+inline int test_threads = 1;
+
+inline Pool test_pool(int threads) {
+  test_threads = threads;
+  return {[](int64_t n, int64_t grain, RangeFn f, void* ctx) {
+            const int64_t most = grain > 0 ? (n + grain - 1) / grain : n;
+            const int64_t workers = most < test_threads ? most : test_threads;
+            const int64_t chunk = (n + workers - 1) / workers;
+            std::vector<std::thread> team;
+            for (int64_t begin = chunk; begin < n; begin += chunk)
+              team.emplace_back(f, begin, begin + chunk < n ? begin + chunk : n, ctx);
+            f(0, chunk < n ? chunk : n, ctx);
+            for (auto& t : team) t.join();
+          },
+          threads};
+}
+
+void* thread_scratch(ScratchSlot slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[kScratchSlots];
+  Buffer& b = buffers[slot];
+  if (b.size < bytes) {
+    std::free(b.data);
+    b.data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    b.size = bytes;
+  }
+  return b.data;
+}
+
+}  // namespace fastlm
