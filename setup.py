@@ -1,4 +1,4 @@
-"""Builds fastlm._C with ninja: one object per source, the CPU kernels once per instruction set.
+"""Builds fastlm/libfastlm.so with ninja: one object per source, the CPU kernels once per instruction set.
 
 Environment: CXX (compiler), MAX_JOBS, FASTLM_ISAS (comma-separated instruction sets to build beside
 `generic`; default: all of this architecture).
@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -98,6 +99,9 @@ def chosen_isas():
 class Build(build_ext):
     """Writes build.ninja and runs it; ninja rebuilds what changed."""
 
+    def get_ext_filename(self, name):
+        return str(Path(*name.split(".")).with_suffix(".so"))  # the same for every Python
+
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ class Build(build_ext):
         ]  # fmt: skip
         includes = [
             f"-I{CSRC}",
-            *(f"-isystem{path}" for path in (root / "include", sysconfig.get_paths()["include"])),
+            f"-isystem{root / 'include'}",
         ]
         bindings = [f"-D{key}={value}" for key, value in facts.items()]
 
@@ -174,7 +178,14 @@ class Build(build_ext):
         return "\n".join(lines)
 
 
+class Wheel(bdist_wheel):
+    """The library calls torch and C alone: a wheel fits every Python of its platform."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    ext_modules=[Extension("fastlm._C", sources=[])],
-    cmdclass={"build_ext": Build},
+    ext_modules=[Extension("fastlm.libfastlm", sources=[])],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

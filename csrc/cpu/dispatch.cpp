@@ -5,9 +5,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <new>
-#include <string>
 
 // FASTLM_FOR_EACH_ISA(X) is defined by setup.py: X(generic) X(avx2) ...
 #define FASTLM_DECLARE(name)           \
@@ -52,14 +51,11 @@ struct Registry {
   fastlm::name::fill(table[count].gru);          \
   ++count;
     FASTLM_FOR_EACH_ISA(FASTLM_FILL)
-    const char* wanted = std::getenv("FASTLM_ISA");
-    for (int i = 0; i < count; ++i) {
-      const bool named = wanted && *wanted ? std::string(wanted) == table[i].isa
-                                           : std::string(table[i].isa) != "wide";
-      if (named && table[i].runs_here()) current = &table[i];
-    }
-    STD_TORCH_CHECK(current.load(), "fastlm: FASTLM_ISA=", wanted,
-                    " is not built in or does not run on this CPU; see fastlm info");
+    const char* wanted = std::getenv("FASTLM_ISA");  // fastlm/_C.py reports one that is not there
+    for (int i = 0; i < count; ++i)
+      if (table[i].runs_here() && std::strcmp(table[i].isa, "wide")) current = &table[i];
+    for (int i = 0; wanted && i < count; ++i)
+      if (table[i].runs_here() && !std::strcmp(table[i].isa, wanted)) current = &table[i];
   }
 };
 
