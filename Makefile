@@ -1,0 +1,46 @@
+# make train [ARGS="--model gru"]   train a language model on this machine's Python sources
+# make test [ARGS="-k attention"]   run the tests
+# make bench [ARGS=...]             run the benchmarks
+# make sanitize                     kernel bodies under the address, undefined and thread sanitizers
+# make lint, make clean
+# Each sets up .venv and builds the extension first where that has not been done.
+PYTHON ?= python3
+ARGS ?=
+PY := .venv/bin/python
+DEPENDENCIES := .venv/.dependencies
+LIBRARY := .venv/.library
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: setup train test bench sanitize lint clean
+
+setup: $(LIBRARY)
+
+$(DEPENDENCIES): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or later")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv || { echo "Debian, Ubuntu: apt install python3-venv"; exit 1; }
+	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[train]"
+	@touch $@ $(LIBRARY)
+
+$(LIBRARY): $(DEPENDENCIES) $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+train: setup
+	$(PY) -m fastlm train $(ARGS)
+
+test: setup sanitize
+	$(PY) -m pytest -n 2 tests $(ARGS)
+
+bench: setup
+	$(PY) -m fastlm bench $(ARGS)
+
+sanitize: setup
+	$(PY) tests/native/run.py
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info fastlm/libfastlm.so
