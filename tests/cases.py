@@ -75,7 +75,7 @@ def register(operator: Operator) -> None:
 
 
 class Draw:
-    """A seeded source of tensors of one dtype: `draw = Draw(dtype, seed); q = draw(2, 3, 65, 64)`."""
+    """A seeded source of tensors of one dtype: `draw = Draw(dtype, seed); q = draw(2, 64)`."""
 
     def __init__(self, dtype: torch.dtype, seed: int):
         self.dtype = dtype
@@ -103,7 +103,7 @@ class Draw:
 
     @staticmethod
     def lay(values: Tensor, layout: str) -> Tensor:
-        """The same values (expanded: repeated along the first dimension) in another memory layout."""
+        """The same values in another memory layout (expanded: the first row repeated)."""
         if layout == "contiguous" or values.dim() == 0:
             return values
         if layout == "strided":  # every other element along the last dimension
