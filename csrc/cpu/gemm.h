@@ -158,22 +158,83 @@ FASTLM_INLINE void convert_row(int64_t n, const S* src, int64_t stride, T* dst) 
   for (; i < n; ++i) dst[i] = to_compute(src[i * stride]);
 }
 
-// A block of a strided matrix as rows of compute-type elements: dst[r * ldd + c] = src(r, c).
-template <class T, class S>
-inline void pack_rows(int64_t R, int64_t C, const S* src, int64_t rs, int64_t cs, T* dst,
-                      int64_t ldd) {
-  if (cs == 1 || rs != 1) {
-    for (int64_t r = 0; r < R; ++r) convert_row(C, src + r * rs, cs, dst + r * ldd);
+// The two ways a product reads a strided matrix. Along k: n elements of one row of A or one column of
+// B, `stride` apart. Across k: n elements of step k, `stride` apart; Bf16Pair takes step k + 1 too,
+// `next` elements further, or a zero where next is 0.
+template <class T> struct Pack {
+  static constexpr int kPair = 1;
+  template <class S> static FASTLM_INLINE void along(int64_t n, const S* src, int64_t stride, T* dst) {
+    convert_row(n, src, stride, dst);
+  }
+  template <class S>
+  static FASTLM_INLINE void across(int64_t n, const S* src, int64_t stride, int64_t, T* dst) {
+    convert_row(n, src, stride, dst);
+  }
+};
+template <> struct Pack<uint32_t> {
+  static constexpr int kPair = 2;
+  static FASTLM_INLINE uint32_t word(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
+  static FASTLM_INLINE void along(int64_t n, const bf16* src, int64_t stride, uint32_t* dst) {
+    if (n % 2) dst[n / 2] = 0;
+    if (stride == 1) {
+      __builtin_memcpy(dst, src, size_t(n) * sizeof(bf16));
+      return;
+    }
+    for (int64_t i = 0; i + 2 <= n; i += 2) dst[i / 2] = word(src[i * stride], src[(i + 1) * stride]);
+    if (n % 2) dst[n / 2] = src[(n - 1) * stride].bits;
+  }
+  static FASTLM_INLINE void across(int64_t n, const bf16* src, int64_t stride, int64_t next, uint32_t* dst) {
+    int64_t i = 0;
+    if (stride == 1 && next)
+      for (; i + kLanes<float> <= n; i += kLanes<float>) {
+        const Words even = __builtin_convertvector(load_raw<Half>(src + i), Words);
+        const Words odd = __builtin_convertvector(load_raw<Half>(src + i + next), Words);
+        const Words words = even | (odd << 16);
+        __builtin_memcpy(dst + i, &words, sizeof words);
+      }
+    for (; i < n; ++i) dst[i] = word(src[i * stride], next ? src[i * stride + next] : bf16{0});
+  }
+};
+
+// A block of A, M rows by K steps, as rows of ldd elements.
+template <class E, class S>
+inline void pack_rows(int64_t M, int64_t K, const S* src, int64_t am, int64_t ak, E* dst, int64_t ldd) {
+  constexpr int64_t kPair = Pack<E>::kPair;
+  if (ak == 1 || am != 1) {
+    for (int64_t m = 0; m < M; ++m) Pack<E>::along(K, src + m * am, ak, dst + m * ldd);
     return;
   }
   constexpr int64_t kRun = 64;  // rows lie side by side: read runs of them and turn these around
-  T run[4 * kRun];
-  for (int64_t c = 0; c < C; c += 4)
-    for (int64_t r = 0; r < R; r += kRun) {
-      const int64_t n = least(kRun, R - r), w = least<int64_t>(4, C - c);
-      for (int64_t i = 0; i < w; ++i) convert_row(n, src + r + (c + i) * cs, 1, run + i * kRun);
-      transpose(w, n, run, kRun, dst + r * ldd + c, ldd);
+  E run[4 * kRun];
+  const int64_t words = ceil_div(K, kPair);
+  for (int64_t c = 0; c < words; c += 4)
+    for (int64_t m = 0; m < M; m += kRun) {
+      const int64_t n = least(kRun, M - m), w = least<int64_t>(4, words - c);
+      for (int64_t i = 0; i < w; ++i) {
+        const int64_t k = (c + i) * kPair;
+        Pack<E>::across(n, src + m + k * ak, 1, k + 1 < K ? ak : 0, run + i * kRun);
+      }
+      transpose(w, n, run, kRun, dst + m * ldd + c, ldd);
     }
+}
+
+// A block of B, K steps by n <= ldd columns, as one panel [steps][ldd], zeros in the columns behind n.
+// `rows` holds n rows of K steps.
+template <class E, class S>
+inline void pack_panel(int64_t K, int64_t n, const S* src, int64_t bk, int64_t bn, E* panel, int64_t ldd,
+                       E* rows) {
+  constexpr int64_t kPair = Pack<E>::kPair;
+  const int64_t words = ceil_div(K, kPair);
+  if (n < ldd) __builtin_memset(panel, 0, size_t(words * ldd) * sizeof(E));
+  if (bk == 1 && bn != 1) {
+    for (int64_t i = 0; i < n; ++i) Pack<E>::along(K, src + i * bn, 1, rows + i * words);
+    transpose(n, words, rows, words, panel, ldd);
+    return;
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    const int64_t k = w * kPair;
+    Pack<E>::across(n, src + k * bk, bn, k + 1 < K ? bk : 0, panel + w * ldd);
+  }
 }
 
 // ---- gemm ----
@@ -191,11 +252,18 @@ template <class SA, class SB, class SC> struct Gemm {
   bool accumulate = false;
 };
 
-// Tile sizes: a packed panel of B (kKC x one micro-tile) fills most of a 32 KiB first-level cache,
-// the packed block of B and the tile of C share the second level.
-template <class T> struct Blocking {
-  static constexpr int64_t kNR = kNV * kLanes<T>;
-  static constexpr int64_t kKC = 24 * 1024 / (kNR * int64_t(sizeof(T)));
+template <class A, class B> inline constexpr bool kSame = __is_same(A, B);
+template <bool kPairs, class T> struct MulOf { using type = Float<T>; };
+template <class T> struct MulOf<true, T> { using type = Bf16Pair; };
+
+// Tile sizes: a packed panel of B (kKC steps x one micro-tile) fills most of a 32 KiB first-level
+// cache; the packed block of B and the tile of C share the second level.
+template <class SA, class SB, class SC> struct Blocking {
+  using Mul = typename MulOf<kHasBf16Dot && kSame<SA, bf16> && kSame<SB, bf16>, compute_t<SC>>::type;
+  using E = typename Mul::elem;
+  static constexpr int64_t kNR = kNV * kLanes<E>;
+  static constexpr int64_t kWords = 24 * 1024 / (kNR * int64_t(sizeof(E)));  // a panel's height
+  static constexpr int64_t kKC = kWords * Pack<E>::kPair;
   static constexpr int64_t kMC = 192;
   static constexpr int64_t kNC = round_up<int64_t>(160, kNR);
 };
@@ -204,48 +272,41 @@ template <class T> struct Blocking {
 template <class SA, class SB, class SC>
 inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t n0, int64_t N) {
   using T = compute_t<SC>;
-  using Block = Blocking<T>;
-  constexpr int64_t kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC;
-  const bool direct_a = sizeof(SA) == sizeof(T) && (g.ak == 1 || g.am == 1);
+  using Block = Blocking<SA, SB, SC>;
+  using Mul = typename Block::Mul;
+  using E = typename Mul::elem;
+  constexpr int64_t kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC, kWords = Block::kWords;
   T* const acc = static_cast<T*>(thread_scratch(kScratchTile, Block::kMC * kNC * sizeof(T)));
-  T* const packed_b = static_cast<T*>(
-      thread_scratch(kScratchPack, (kKC * kNC + Block::kMC * kKC + kNR * kKC) * sizeof(T)));
-  T* const packed_a = packed_b + kKC * kNC;
-  T* const rows = packed_a + Block::kMC * kKC;
+  E* const packed_b = static_cast<E*>(
+      thread_scratch(kScratchPack, (kWords * kNC + Block::kMC * kWords + kNR * kWords) * sizeof(E)));
+  E* const packed_a = packed_b + kWords * kNC;
+  E* const rows = packed_a + Block::kMC * kWords;
   const int64_t panels = ceil_div(N, kNR);
 
   for (int64_t k0 = 0; k0 < greatest<int64_t>(g.K, 1); k0 += kKC) {
-    const int64_t K = least(kKC, g.K - k0);
-    for (int64_t p = 0; p < panels; ++p) {
-      T* const panel = packed_b + p * kKC * kNR;
-      const SB* src = g.b + k0 * g.bk + (n0 + p * kNR) * g.bn;
-      const int64_t n = least(kNR, N - p * kNR);
-      if (n < kNR) __builtin_memset(panel, 0, size_t(K) * kNR * sizeof(T));
-      if (g.bk == 1 && g.bn != 1) {
-        for (int64_t i = 0; i < n; ++i) convert_row(K, src + i * g.bn, 1, rows + i * kKC);
-        transpose(n, K, rows, kKC, panel, kNR);
-      } else {
-        for (int64_t k = 0; k < K; ++k) convert_row(n, src + k * g.bk, g.bn, panel + k * kNR);
+    const int64_t K = least(kKC, g.K - k0), words = ceil_div<int64_t>(K, Pack<E>::kPair);
+    for (int64_t p = 0; p < panels; ++p)
+      pack_panel(K, least(kNR, N - p * kNR), g.b + k0 * g.bk + (n0 + p * kNR) * g.bn, g.bk, g.bn,
+                 packed_b + p * kWords * kNR, kNR, rows);
+    const SA* block = g.a + m0 * g.am + k0 * g.ak;
+    const E* a = packed_a;
+    int64_t lda = kWords;
+    bool row_major = true;
+    if constexpr (kSame<SA, E>) {  // read in place
+      if (g.ak == 1 || g.am == 1) {
+        a = block;
+        row_major = g.ak == 1;
+        lda = row_major ? g.am : g.ak;
       }
     }
-    const T* a = packed_a;
-    int64_t lda = kKC;
-    bool row_major = true;
-    if (direct_a) {
-      a = reinterpret_cast<const T*>(g.a + m0 * g.am + k0 * g.ak);
-      row_major = g.ak == 1;
-      lda = row_major ? g.am : g.ak;
-    } else {
-      pack_rows(M, K, g.a + m0 * g.am + k0 * g.ak, g.am, g.ak, packed_a, kKC);
-    }
+    if (a == packed_a) pack_rows(M, K, block, g.am, g.ak, packed_a, lda);
     for (int64_t p = 0; p < panels; ++p) {
-      const T* panel = packed_b + p * kKC * kNR;
+      const E* panel = packed_b + p * kWords * kNR;
       T* c = acc + p * kNR;
-      using Mul = Float<T>;
-      if (k0 == 0 && row_major) matmul<Mul, kRowMajor, kOverwrite>(M, kNR, K, a, lda, panel, kNR, c, kNC);
-      else if (k0 == 0) matmul<Mul, kColMajor, kOverwrite>(M, kNR, K, a, lda, panel, kNR, c, kNC);
-      else if (row_major) matmul<Mul, kRowMajor, kAccumulate>(M, kNR, K, a, lda, panel, kNR, c, kNC);
-      else matmul<Mul, kColMajor, kAccumulate>(M, kNR, K, a, lda, panel, kNR, c, kNC);
+      if (k0 == 0 && row_major) matmul<Mul, kRowMajor, kOverwrite>(M, kNR, words, a, lda, panel, kNR, c, kNC);
+      else if (k0 == 0) matmul<Mul, kColMajor, kOverwrite>(M, kNR, words, a, lda, panel, kNR, c, kNC);
+      else if (row_major) matmul<Mul, kRowMajor, kAccumulate>(M, kNR, words, a, lda, panel, kNR, c, kNC);
+      else matmul<Mul, kColMajor, kAccumulate>(M, kNR, words, a, lda, panel, kNR, c, kNC);
     }
   }
   for (int64_t m = 0; m < M; ++m)
@@ -261,7 +322,7 @@ inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t 
 }
 
 template <class SA, class SB, class SC> inline void gemm(const Pool& pool, const Gemm<SA, SB, SC>& g) {
-  using Block = Blocking<compute_t<SC>>;
+  using Block = Blocking<SA, SB, SC>;
   if (g.M <= 0 || g.N <= 0) return;
   const int64_t rows = ceil_div(g.M, Block::kMC), cols = ceil_div(g.N, Block::kNC);
   parallel_items(pool, rows * cols, [&](int64_t i) {
