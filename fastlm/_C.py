@@ -22,6 +22,9 @@ for _name in ("isa", "isa_name", "compiler", "torch_version"):
 for _name in ("isa_runs_here", "set_isa"):
     getattr(_library, f"fastlm_{_name}").restype = ctypes.c_bool
 
+_library.fastlm_multiply_adds.restype = ctypes.c_double
+_library.fastlm_multiply_adds.argtypes = (ctypes.c_int64, ctypes.c_bool)
+
 compiler: str = _library.fastlm_compiler().decode()
 torch_version: str = _library.fastlm_torch_version().decode()
 
@@ -50,6 +53,15 @@ def set_isa(name: str) -> None:
         raise ValueError(
             f"fastlm._C.set_isa: {name!r} is not among those that run here: {', '.join(isas())}"
         )
+
+
+def multiply_adds(rounds: int, *, bf16: bool = False) -> float:
+    """Loads all of torch's threads with multiply-adds in registers, to measure what they reach.
+
+    Returns the operations done, a multiply and an add being two. ``bf16`` takes the dot products of
+    bfloat16 pairs, and gives 0 where the instruction set in use has none.
+    """
+    return _library.fastlm_multiply_adds(rounds, bf16)
 
 
 if os.environ.get("FASTLM_ISA") and isa() != os.environ["FASTLM_ISA"]:

@@ -14,6 +14,7 @@
   void fill(AttentionKernels&);        \
   void fill(CrossEntropyKernels&);     \
   void fill(GruKernels&);              \
+  void fill(PeakKernels&);             \
   }
 FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
 
@@ -49,6 +50,7 @@ struct Registry {
   fastlm::name::fill(table[count].attention);    \
   fastlm::name::fill(table[count].cross_entropy);\
   fastlm::name::fill(table[count].gru);          \
+  fastlm::name::fill(table[count].peak);         \
   ++count;
     FASTLM_FOR_EACH_ISA(FASTLM_FILL)
     const char* wanted = std::getenv("FASTLM_ISA");  // fastlm/_C.py reports one that is not there

@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "gru.h"
 #include "kernels.h"
+#include "peak.h"
 
 namespace fastlm {
 
@@ -13,6 +14,7 @@ struct Kernels {
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   GruKernels gru;
+  PeakKernels peak;
 };
 
 const Kernels& kernels();                      // FASTLM_ISA, else the last that runs here
