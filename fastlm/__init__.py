@@ -1,6 +1,7 @@
 """Fused attention, GRU and softmax cross-entropy for PyTorch."""
 
+from fastlm.functional import cross_entropy
 from fastlm.ops import use_backend
 
 __version__ = "0.1.0"
-__all__ = ["use_backend"]
+__all__ = ["cross_entropy", "use_backend"]

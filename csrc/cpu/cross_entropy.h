@@ -1,13 +1,472 @@
+// Softmax cross-entropy over logits x[N][C][S] (S: the product of trailing dimensions, often 1):
+//
+//   lse = log sum_c exp(x_c)      with x capped first:  x <- softcap * tanh(x / softcap)
+//   loss = (1 - e) w_y (lse - x_y) + e/C sum_c w_c (lse - x_c) + z lse^2         class index y
+//   loss = sum_c w_c q'_c (lse - x_c) + z lse^2,  q' = (1 - e) q + e/C           probabilities q
+//   dx_c = a softmax_c - b [c = y] - s w_c - g w_c q'_c     (times 1 - (x_c / softcap)^2)
+//
+// with the label smoothing e, class weights w, z-loss z and the coefficients a, b, s, g of a token
+// (struct Coefficients). One sweep over memory: a block of a row is brought into the first-level
+// cache once for its maximum, its sum of exponentials (rescaled online, Milakov and Gimelshein,
+// arXiv:1805.02867) and the sums that smoothing or probabilities need; where the upstream gradient
+// is known in the forward, the gradient is written while the row is still in the second level.
+// The backward otherwise needs x and lse. Two layouts: classes contiguous in memory (a row is a
+// token) or positions contiguous (lanes are tokens, the softmax is vertical), so that neither
+// (N, T, C).transpose(1, 2) nor an image is transposed.
 #pragma once
-#include "kernels.h"
+#include "token_loss.h"
 
 namespace fastlm {
-struct CrossEntropyKernels {};
+
+struct CrossEntropyParams {
+  Pool pool;
+  int64_t N, C, S;
+  TokenLoss token;
+  const void* input;  // [N][C][S], storage type; c == 1 (rows) or s == 1 (tiles)
+  Strides input_at;
+  void* dinput;       // [N][C][S] with the same stride 1, or null
+  Strides dinput_at;
+  void* dprobs;       // [N][C][S], or null
+  Strides dprobs_at;
+  bool rows;          // classes are contiguous
+  bool forward;       // compute lse and loss; otherwise lse is read
+};
+
+struct CrossEntropyKernels {
+  void (*run[kDTypes])(const CrossEntropyParams&);
+};
+
 }  // namespace fastlm
 
 #ifdef FASTLM_ISA
-#include "gemm.h"
+
 namespace fastlm::FASTLM_ISA {
-void fill(CrossEntropyKernels&) {}
+
+// ---- classes contiguous: a row is a token ----
+
+inline constexpr int64_t kBlock = 2048;  // classes in the first-level cache at a time
+
+template <class S> struct Row {
+  using T = compute_t<S>;
+  const CrossEntropyParams& p;
+  const S* x;        // [C]
+  const S* q;        // [C], null with class indices; stride probs_at.c
+  int64_t i;         // place in [N][S]
+  T* values;         // [kBlock] scratch
+  T* mixed;          // [kBlock] scratch: w_c q'_c
+
+  const T* weight() const { return static_cast<const T*>(p.token.weight); }
+
+  // x[c0 .. c0+n), capped, in the compute type: itself where it already is that.
+  FASTLM_INLINE const T* block(int64_t c0, int64_t n) const {
+    const T cap = T(p.token.softcap);
+    if constexpr (sizeof(S) == sizeof(T))
+      if (cap == 0) return x + c0;
+    if (cap == 0)
+      each_vector<T>(n, [&](int64_t c, auto w) { store(values + c, load<T>(x + c0 + c, w), w); });
+    else
+      each_vector<T>(n, [&](int64_t c, auto w) {
+        store(values + c, capped(load<T>(x + c0 + c, w), cap), w);
+      });
+    return values;
+  }
+
+  FASTLM_INLINE T value(int64_t c) const {
+    const T v = to_compute(x[c]);
+    return p.token.softcap == 0 ? v : capped(splat(v), T(p.token.softcap))[0];
+  }
+
+  // w_c q'_c for the block.
+  const T* mixed_block(int64_t c0, int64_t n) const {
+    const T e = T(p.token.label_smoothing), uniform = e / T(p.C);
+    if (p.token.probs_at.c == 1)
+      each_vector<T>(n, [&](int64_t c, auto w) {
+        Vec<T> v = load<T>(q + c0 + c, w);
+        if (e > 0) v = v * splat(1 - e) + splat(uniform);
+        if (weight()) v *= load<T>(weight() + c0 + c, w);
+        store(mixed + c, v, w);
+      });
+    else
+      for (int64_t c = 0; c < n; ++c) {
+        T v = to_compute(q[(c0 + c) * p.token.probs_at.c]);
+        if (e > 0) v = v * (1 - e) + uniform;
+        mixed[c] = weight() ? v * weight()[c0 + c] : v;
+      }
+    return mixed;
+  }
+
+  // sum_c f_c (x_c - r) and sum_c f_c; f null: 1.
+  FASTLM_INLINE void add_sums(const T* v, const T* f, int64_t n, Sums<T>& s) const {
+    Vec<T> dot{}, mass{};
+    each_vector<T>(n, [&](int64_t c, auto w) {
+      const Vec<T> d = fill_rest(load<T>(v + c, w) - splat(s.r), w, T(0));
+      const Vec<T> fs = f ? load<T>(f + c, w) : fill_rest(splat(T(1)), w, T(0));
+      dot += f ? fs * d : d;
+      mass += fs;
+    });
+    s.dot += double(reduce_add(dot));
+    s.mass += double(reduce_add(mass));
+  }
+
+  FASTLM_INLINE static T block_max(const T* v, int64_t n) {
+    constexpr int kL = kLanes<T>;
+    Vec<T> m[4];
+    for (auto& each : m) each = splat(T(-kInfinity));
+    int64_t c = 0;
+    for (; c + 4 * kL <= n; c += 4 * kL)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) m[j] = max(m[j], load<T>(v + c + j * kL));
+    each_vector<T>(n - c, [&](int64_t j, auto w) {
+      m[0] = max(m[0], fill_rest(load<T>(v + c + j, w), w, T(-kInfinity)));
+    });
+    return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+  }
+
+  T forward() const {
+    const TokenLoss& t = p.token;
+    const bool ignored = t.target && t.target[i] == t.ignore_index;
+    T& lse = static_cast<T*>(t.lse)[i];
+    T& loss = static_cast<T*>(t.loss)[i];
+    if (ignored && !t.lse_everywhere) return lse = loss = T(0);
+    const bool smooth = t.target && t.label_smoothing > 0;
+    T m = T(-kInfinity);
+    double sum = 0;
+    Sums<T> sums{};
+    for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
+      const int64_t n = least(kBlock, p.C - c0);
+      const T* v = block(c0, n);
+      const T block_m = block_max(v, n);
+      if (c0 == 0) sums.r = block_m > T(-kInfinity) && block_m < T(kInfinity) ? block_m : T(0);
+      if (block_m > m) {
+        sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
+        m = block_m;
+      }
+      const Vec<T> ms = splat(finite_max(m));
+      Vec<T> s{};
+      each_vector<T>(n, [&](int64_t c, auto w) {
+        s += fill_rest(exp(load<T>(v + c, w) - ms), w, T(0));
+      });
+      sum += double(reduce_add(s));
+      if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
+      if (q) add_sums(v, mixed_block(c0, n), n, sums);
+    }
+    // Of a row of -inf alone, the maximum: log 0.
+    lse = T(double(finite_max(m)) + log(sum));
+    loss = ignored ? T(0) : token_loss(t, p.C, i, lse, t.target ? value(t.target[i]) : T(0), sums);
+    return T(sums.mass);
+  }
+
+  T mass() const {
+    if (!q) return T(0);
+    Sums<T> sums{};
+    for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
+      const int64_t n = least(kBlock, p.C - c0);
+      const T* f = mixed_block(c0, n);
+      Vec<T> s{};
+      each_vector<T>(n, [&](int64_t c, auto w) { s += load<T>(f + c, w); });
+      sums.mass += double(reduce_add(s));
+    }
+    return T(sums.mass);
+  }
+
+  void gradient(S* dx, T mass) const {
+    const TokenLoss& t = p.token;
+    const T lse = static_cast<const T*>(t.lse)[i];
+    const Coefficients<T> k = coefficients(t, p.C, i, lse, mass);
+    if (k.softmax == 0 && k.onehot == 0 && k.smooth == 0 && k.probs == 0) {
+      each_vector<T>(p.C, [&](int64_t c, auto w) { store(dx + c, Vec<T>{}, w); });
+      return;
+    }
+    const bool plain = k.smooth == 0 && k.probs == 0 && t.softcap == 0;
+    const int64_t head = streams() ? least(p.C, to_alignment(dx)) : 0;
+    for (int64_t c0 = 0, n = head; c0 < p.C; c0 += n, n = least(kBlock, p.C - c0)) {
+      if (n == 0) continue;
+      if (plain) plain_block(dx + c0, x + c0, n, k.softmax, lse);
+      else general_block(dx, c0, n, k, lse);
+    }
+    if (k.y >= 0) {
+      T d = k.softmax * exp(splat(value(k.y) - lse))[0] - k.onehot;
+      if (k.smooth != 0) d -= k.smooth * (weight() ? weight()[k.y] : T(1));
+      if (t.softcap != 0) d *= capped_slope(splat(value(k.y)), T(t.softcap))[0];
+      dx[k.y] = from_compute<S>(d);
+    }
+  }
+
+  // Too large for the caches: written without reading the lines first.
+  bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
+  static int64_t to_alignment(const S* dx) {
+    constexpr uintptr_t kBytes = kLanes<T> * sizeof(S);
+    return int64_t((kBytes - reinterpret_cast<uintptr_t>(dx) % kBytes) % kBytes / sizeof(S));
+  }
+
+  FASTLM_INLINE void plain_block(S* dx, const S* v, int64_t n, T a, T lse) const {
+    const Vec<T> as = splat(a), lses = splat(lse);
+    if (streams() && n >= kLanes<T>) {
+      int64_t c = 0;
+      for (; c + kLanes<T> <= n; c += kLanes<T>)
+        stream(dx + c, as * exp(load<T>(v + c) - lses));
+      if (c < n) store(dx + c, as * exp(load<T>(v + c, n - c) - lses), n - c);
+      return;
+    }
+    each_vector<T>(n, [&](int64_t c, auto w) { store(dx + c, as * exp(load<T>(v + c, w) - lses), w); });
+  }
+
+  void general_block(S* dx, int64_t c0, int64_t n, const Coefficients<T>& k, T lse) const {
+    const T cap = T(p.token.softcap);
+    const T* v = block(c0, n);
+    const T* f = k.probs != 0 ? mixed_block(c0, n) : k.smooth != 0 && weight() ? weight() + c0 : nullptr;
+    const T scale = k.probs != 0 ? k.probs : k.smooth;
+    each_vector<T>(n, [&](int64_t c, auto w) {
+      const Vec<T> xs = load<T>(v + c, w);
+      Vec<T> d = splat(k.softmax) * exp(xs - splat(lse));
+      d -= f ? splat(scale) * load<T>(f + c, w) : splat(scale);
+      if (cap != 0) d *= capped_slope(xs, cap);
+      store(dx + c0 + c, d, w);
+    });
+  }
+
+  // dq_c = g (1 - e) w_c (lse - x_c)
+  void probability_gradient(S* dq) const {
+    const TokenLoss& t = p.token;
+    const T lse = static_cast<const T*>(t.lse)[i];
+    const T g = coefficients(t, p.C, i, lse, T(0)).probs * T(1 - t.label_smoothing);
+    for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
+      const int64_t n = least(kBlock, p.C - c0);
+      const T* v = block(c0, n);
+      each_vector<T>(n, [&](int64_t c, auto w) {
+        Vec<T> d = splat(g) * (splat(lse) - load<T>(v + c, w));
+        if (weight()) d *= load<T>(weight() + c0 + c, w);
+        if (p.dprobs_at.c == 1) store(dq + c0 + c, d, w);
+        else store(mixed + c, d, w);
+      });
+      if (p.dprobs_at.c != 1)
+        for (int64_t c = 0; c < n; ++c) dq[(c0 + c) * p.dprobs_at.c] = from_compute<S>(mixed[c]);
+    }
+  }
+};
+
+template <class S> static void run_rows(const CrossEntropyParams& p) {
+  using T = compute_t<S>;
+  const TokenLoss& t = p.token;
+  const int64_t grain = greatest<int64_t>(1, 16384 / greatest<int64_t>(p.C, 1));
+  parallel(p.pool, p.N * p.S, grain, [&](int64_t begin, int64_t end) {
+    T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, 2 * kBlock * sizeof(T)));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / p.S, s = i % p.S;
+      const int64_t at_q = n * t.probs_at.n + s * t.probs_at.s;
+      const Row<S> row{p, static_cast<const S*>(p.input) + n * p.input_at.n + s * p.input_at.s,
+                       t.probs ? static_cast<const S*>(t.probs) + at_q : nullptr, i, scratch,
+                       scratch + kBlock};
+      const T mass = p.forward ? row.forward() : row.mass();
+      if (p.dinput)
+        row.gradient(static_cast<S*>(p.dinput) + n * p.dinput_at.n + s * p.dinput_at.s, mass);
+      if (p.dprobs) row.probability_gradient(static_cast<S*>(p.dprobs) + n * p.dprobs_at.n + s * p.dprobs_at.s);
+    }
+    stream_end();
+  });
+}
+
+// ---- positions contiguous: lanes are tokens ----
+
+// A tile is kTileVecs vectors of positions of one n; classes go by in blocks.
+inline constexpr int kTileVecs = 4;
+inline constexpr int64_t kClassBlock = 32;
+
+template <class S> struct Tile {
+  using T = compute_t<S>;
+  using V = Vec<T>;
+  static constexpr int kL = kLanes<T>;
+  static constexpr int64_t kWidth = kTileVecs * kL;
+  const CrossEntropyParams& p;
+  const S* x;     // x(c, j) at x[c * input_at.c + j]
+  const S* q;     // q(c, j) at q[c * probs_at.c + j * probs_at.s], or null
+  int64_t i;      // of the first position
+  int64_t width;  // 1 .. kWidth
+  T* values;      // [kClassBlock][kWidth]
+  T* mixed;       // [kClassBlock][kWidth]
+
+  template <class F> FASTLM_INLINE void each(const F& f) const { each_vector<T>(width, f); }
+
+  void block(int64_t c0, int64_t n) const {
+    const T cap = T(p.token.softcap);
+    for (int64_t c = 0; c < n; ++c)
+      each([&](int64_t j, auto w) {
+        const V v = load<T>(x + (c0 + c) * p.input_at.c + j, w);
+        store(values + c * kWidth + j, cap == 0 ? v : capped(v, cap));
+      });
+  }
+
+  T weight(int64_t c) const {
+    return p.token.weight ? static_cast<const T*>(p.token.weight)[c] : T(1);
+  }
+
+  void mixed_block(int64_t c0, int64_t n) const {
+    const T e = T(p.token.label_smoothing);
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t j = 0; j < width; ++j) {
+        const T v = to_compute(q[(c0 + c) * p.token.probs_at.c + j * p.token.probs_at.s]);
+        mixed[c * kWidth + j] = (e > 0 ? v * (1 - e) + e / T(p.C) : v) * weight(c0 + c);
+      }
+  }
+
+  // Loss and lse of the tile; mass [kWidth] receives sum_c w_c q'_c.
+  void forward(T* mass) const {
+    const TokenLoss& t = p.token;
+    const bool smooth = t.target && t.label_smoothing > 0;
+    T m[kWidth], sum[kWidth], r[kWidth], dot[kWidth], x_y[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) {
+      m[j] = T(-kInfinity);
+      sum[j] = r[j] = dot[j] = mass[j] = x_y[j] = 0;
+    }
+    for (int64_t c0 = 0; c0 < p.C; c0 += kClassBlock) {
+      const int64_t n = least(kClassBlock, p.C - c0);
+      block(c0, n);
+      if (q) mixed_block(c0, n);
+      each([&](int64_t j, auto) {
+        V block_m = load(m + j);
+        for (int64_t c = 0; c < n; ++c) block_m = max(block_m, load(values + c * kWidth + j));
+        const V before = finite(load(m + j)), ms = finite(block_m);
+        if (c0 == 0) store(r + j, select(ms < splat(T(kInfinity)), ms, V{}));
+        V s = load(sum + j) * exp(before - ms);
+        for (int64_t c = 0; c < n; ++c) s += exp(load(values + c * kWidth + j) - ms);
+        store(m + j, block_m);
+        store(sum + j, s);
+        if (smooth || q) {
+          V d = load(dot + j), total = load(mass + j);
+          for (int64_t c = 0; c < n; ++c) {
+            const V f = q ? load(mixed + c * kWidth + j) : splat(weight(c0 + c));
+            d += f * (load(values + c * kWidth + j) - load(r + j));
+            total += f;
+          }
+          store(dot + j, d);
+          store(mass + j, total);
+        }
+      });
+      if (t.target)
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t y = t.target[i + j] - c0;
+          if (y >= 0 && y < n) x_y[j] = values[y * kWidth + j];
+        }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const bool ignored = t.target && t.target[i + j] == t.ignore_index;
+      const T lse = T(double(finite_max(m[j])) + log(double(sum[j])));
+      const Sums<T> sums{r[j], double(mass[j]), double(dot[j])};
+      static_cast<T*>(t.lse)[i + j] = lse;
+      static_cast<T*>(t.loss)[i + j] =
+          ignored ? T(0) : token_loss(t, p.C, i + j, lse, x_y[j], sums);
+    }
+  }
+
+  static FASTLM_INLINE V finite(V m) { return select(m > splat(T(-kInfinity)), m, V{}); }
+
+  void sum_mass(T* mass) const {
+    for (int64_t j = 0; j < kWidth; ++j) mass[j] = 0;
+    if (!q) return;
+    for (int64_t c0 = 0; c0 < p.C; c0 += kClassBlock) {
+      const int64_t n = least(kClassBlock, p.C - c0);
+      mixed_block(c0, n);
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t j = 0; j < width; ++j) mass[j] += mixed[c * kWidth + j];
+    }
+  }
+
+  void gradient(S* dx, const T* mass) const {
+    const TokenLoss& t = p.token;
+    const T cap = T(t.softcap);
+    T lse[kWidth], a[kWidth], b[kWidth], s[kWidth], g[kWidth];
+    int64_t y[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) lse[j] = a[j] = b[j] = s[j] = g[j] = 0;
+    for (int64_t j = 0; j < width; ++j) {
+      lse[j] = static_cast<const T*>(t.lse)[i + j];
+      const Coefficients<T> k = coefficients(t, p.C, i + j, lse[j], mass[j]);
+      a[j] = k.softmax, b[j] = k.onehot, s[j] = k.smooth, g[j] = k.probs, y[j] = k.y;
+    }
+    for (int64_t c0 = 0; c0 < p.C; c0 += kClassBlock) {
+      const int64_t n = least(kClassBlock, p.C - c0);
+      block(c0, n);
+      if (q) mixed_block(c0, n);
+      for (int64_t c = 0; c < n; ++c)
+        each([&](int64_t j, auto) {
+          T* at = values + c * kWidth + j;
+          const V xs = load(at);
+          const V as = load(a + j);
+          V d = select(as == V{}, V{}, as * exp(xs - load(lse + j)));
+          d -= load(s + j) * splat(weight(c0 + c));
+          if (q) d -= load(g + j) * load(mixed + c * kWidth + j);
+          if (cap != 0) d *= capped_slope(xs, cap);
+          store(at, d);
+        });
+      for (int64_t j = 0; j < width; ++j)
+        if (y[j] >= c0 && y[j] < c0 + n) {
+          const int64_t c = y[j] - c0;
+          T slope = 1;
+          if (cap != 0) {
+            const T v = capped(splat(to_compute(x[y[j] * p.input_at.c + j])), cap)[0];
+            slope = capped_slope(splat(v), cap)[0];
+          }
+          values[c * kWidth + j] -= b[j] * slope;
+        }
+      for (int64_t c = 0; c < n; ++c)
+        each([&](int64_t j, auto w) {
+          store(dx + (c0 + c) * p.dinput_at.c + j, load(values + c * kWidth + j), w);
+        });
+    }
+  }
+
+  void probability_gradient(S* dq) const {
+    const TokenLoss& t = p.token;
+    T g[kWidth];
+    for (int64_t j = 0; j < width; ++j)
+      g[j] = coefficients(t, p.C, i + j, T(0), T(0)).probs * T(1 - t.label_smoothing);
+    for (int64_t c0 = 0; c0 < p.C; c0 += kClassBlock) {
+      const int64_t n = least(kClassBlock, p.C - c0);
+      block(c0, n);
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t j = 0; j < width; ++j) {
+          const T lse = static_cast<const T*>(t.lse)[i + j];
+          dq[(c0 + c) * p.dprobs_at.c + j * p.dprobs_at.s] =
+              from_compute<S>(g[j] * weight(c0 + c) * (lse - values[c * kWidth + j]));
+        }
+    }
+  }
+};
+
+template <class S> static void run_tiles(const CrossEntropyParams& p) {
+  using T = compute_t<S>;
+  constexpr int64_t kWidth = Tile<S>::kWidth;
+  const TokenLoss& t = p.token;
+  const int64_t tiles = ceil_div(p.S, kWidth);
+  const int64_t grain = greatest<int64_t>(1, 16384 / greatest<int64_t>(p.C * kWidth, 1));
+  parallel(p.pool, p.N * tiles, grain, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kValues = kClassBlock * kWidth;
+    T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, 2 * kValues * sizeof(T)));
+    T mass[kWidth];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / tiles, s = item % tiles * kWidth;
+      const int64_t at_q = n * t.probs_at.n + s * t.probs_at.s;
+      const Tile<S> tile{p, static_cast<const S*>(p.input) + n * p.input_at.n + s,
+                         t.probs ? static_cast<const S*>(t.probs) + at_q : nullptr, n * p.S + s,
+                         least(kWidth, p.S - s), scratch, scratch + kValues};
+      if (p.forward) tile.forward(mass);
+      else tile.sum_mass(mass);
+      if (p.dinput) tile.gradient(static_cast<S*>(p.dinput) + n * p.dinput_at.n + s, mass);
+      if (p.dprobs) tile.probability_gradient(static_cast<S*>(p.dprobs) + n * p.dprobs_at.n + s * p.dprobs_at.s);
+    }
+  });
+}
+
+template <class S> static void run_cross_entropy(const CrossEntropyParams& p) {
+  if (p.rows) run_rows<S>(p);
+  else run_tiles<S>(p);
+}
+
+void fill(CrossEntropyKernels& k) {
+  k.run[kF64] = run_cross_entropy<double>;
+  k.run[kF32] = run_cross_entropy<float>;
+  k.run[kBF16] = run_cross_entropy<bf16>;
+  k.run[kF16] = run_cross_entropy<f16>;
+}
+
 }  // namespace fastlm::FASTLM_ISA
 #endif

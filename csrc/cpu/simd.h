@@ -50,6 +50,8 @@ template <class T, int kBytes> struct VectorOf {};
 template <Number T, int kBytes> struct VectorOf<T, kBytes> {
   typedef T type __attribute__((vector_size(kBytes)));
 };
+template <int kBytes> struct VectorOf<bf16, kBytes> {};  // storage only
+template <int kBytes> struct VectorOf<f16, kBytes> {};
 template <class T> using Vec = typename VectorOf<T, kVectorBytes>::type;
 using Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // storage of kLanes<float> 16-bit values
 using Words = Vec<uint32_t>;                              // pairs of bf16, even k in the low half
@@ -183,6 +185,46 @@ FASTLM_INLINE void store(f16* p, Vec<float> v) {
   const Half h = narrow_f16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
+
+// A store past the caches, for results larger than these; p is aligned to the bytes it writes.
+// stream_end() stands between the last of them and whatever tells another thread.
+FASTLM_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+#if defined(__clang__)
+template <class T> FASTLM_INLINE void stream(T* p, Vec<T> v) {
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec<T>*>(p));
+}
+FASTLM_INLINE void stream_half(void* p, Half h) {
+  __builtin_nontemporal_store(h, static_cast<Half*>(p));
+}
+#elif defined(__SSE2__)
+template <class V> FASTLM_INLINE void stream_bytes(void* p, V v) {
+  using I128 = VectorOf<long long, 16>::type;
+  I128 parts[sizeof v >= 16 ? sizeof v / 16 : 1];
+  if constexpr (sizeof v < 16) {
+    __builtin_memcpy(p, &v, sizeof v);
+    return;
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(v));
+#endif
+  __builtin_memcpy(parts, &v, sizeof v);
+  for (size_t i = 0; i < sizeof v / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, __m128i(parts[i]));
+}
+template <class T> FASTLM_INLINE void stream(T* p, Vec<T> v) { stream_bytes(p, v); }
+FASTLM_INLINE void stream_half(void* p, Half h) { stream_bytes(p, h); }
+#else
+template <class T> FASTLM_INLINE void stream(T* p, Vec<T> v) { store(p, v); }
+FASTLM_INLINE void stream_half(void* p, Half h) { __builtin_memcpy(p, &h, sizeof h); }
+#endif
+FASTLM_INLINE void stream(bf16* p, Vec<float> v) { stream_half(p, narrow_bf16(v)); }
+FASTLM_INLINE void stream(f16* p, Vec<float> v) { stream_half(p, narrow_f16(v)); }
 
 // The first n lanes (0 <= n <= lanes); the others are 0, and memory behind them is not touched.
 template <class T> FASTLM_INLINE Vec<T> load(const T* p, int64_t n) {

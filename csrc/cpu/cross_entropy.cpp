@@ -1,0 +1,309 @@
+// Binding of the cross-entropy operators: layouts, target checks, reductions.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "dispatch.h"
+#include "pages.h"
+
+namespace fastlm {
+namespace {
+
+using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+
+enum Reduction : int64_t { kNone, kMean, kSum };  // torch's numbering
+
+// The arguments that every form of the loss has, and the tensors that must outlive its pointers.
+struct Loss {
+  const char* op;
+  int64_t N, C, S;
+  ScalarType dtype, compute;
+  int64_t reduction;
+  TokenLoss token{};
+  double denominator = 1;  // of a mean
+  // class indices (contiguous) or probabilities, and what else the pointers point into
+  std::optional<Tensor> target{}, weight{}, dloss{}, dlse{};
+
+  bool probabilities() const { return token.target == nullptr; }
+};
+
+// Strides of [N][C][S] for (C), (N, C) or (N, C, d1, ...), if the trailing dimensions are one.
+bool merged_strides(const Tensor& t, Strides* at) {
+  const int64_t dim = t.dim(), c = dim == 1 ? 0 : 1;
+  *at = {dim == 1 ? 0 : t.stride(0), t.stride(c), dim > 2 ? t.stride(dim - 1) : 0};
+  int64_t inner = 1, last = at->s;
+  bool any = false;
+  for (int64_t i = dim - 1; i >= 2; --i) {
+    if (t.size(i) == 1) continue;
+    if (!any) last = t.stride(i);
+    else if (t.stride(i) != last * inner) return false;
+    any = true;
+    inner *= t.size(i);
+  }
+  at->s = any ? last : 0;
+  if (t.size(c) == 1) at->c = 1;
+  return true;
+}
+
+// Counts what a mean divides by; a target out of range is an error before any work.
+void read_targets(Loss& l) {
+  const int64_t count = l.N * l.S, ignore = l.token.ignore_index;
+  const int64_t* y = l.target->const_data_ptr<int64_t>();
+  const bool f64 = l.compute == ScalarType::Double;
+  const void* w = l.token.weight;
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (y[i] == ignore) continue;
+    STD_TORCH_CHECK(y[i] >= 0 && y[i] < l.C, "fastlm.", l.op, ": target ", y[i],
+                    " is out of bounds for ", l.C, " classes (ignore_index is ", ignore, ")");
+    total += !w ? 1 : f64 ? static_cast<const double*>(w)[y[i]] : static_cast<const float*>(w)[y[i]];
+  }
+  l.token.target = y;
+  l.denominator = total;
+}
+
+// logits: shape (C), (N, C) or (N, C, d1, ...), which the target has too or lacks C of.
+void set_target(Loss& l, const Tensor& target, Ints logits) {
+  const int64_t dim = int64_t(logits.size()), c = dim == 1 ? 0 : 1;
+  if (target.dim() == dim) {
+    for (int64_t i = 0; i < dim; ++i)
+      STD_TORCH_CHECK(target.size(i) == logits[i], "fastlm::", l.op, ": target has shape ",
+                      shape_string(target), ", not that of the logits");
+    check_dtype(target, l.dtype, l.op, "target");
+    l.target = target;
+    if (!merged_strides(*l.target, &l.token.probs_at)) {
+      l.target = fastlm::contiguous(target);
+      merged_strides(*l.target, &l.token.probs_at);
+    }
+    l.token.probs = l.target->const_data_ptr();
+    l.denominator = double(l.N * l.S);
+    return;
+  }
+  STD_TORCH_CHECK(target.dim() == dim - 1, "fastlm::", l.op, ": target has shape ",
+                  shape_string(target), ", expected that of the logits without the classes");
+  for (int64_t i = 0, j = 0; i < dim; ++i)
+    if (i != c)
+      STD_TORCH_CHECK(target.size(j++) == logits[i], "fastlm::", l.op, ": target has shape ",
+                      shape_string(target), ", expected that of the logits without the classes");
+  check_dtype(target, ScalarType::Long, l.op, "target");
+  l.target = fastlm::contiguous(target);
+  read_targets(l);
+}
+
+void set_weight(Loss& l, const std::optional<Tensor>& weight) {
+  l.token.weight_sum = double(l.C);
+  if (!weight) return;
+  check_dtype(*weight, l.compute, l.op, "weight");
+  check_shape(*weight, {l.C}, l.op, "weight");
+  l.weight = fastlm::contiguous(*weight);
+  l.token.weight = l.weight->const_data_ptr();
+  const bool f64 = l.compute == ScalarType::Double;
+  double sum = 0;
+  for (int64_t c = 0; c < l.C; ++c)
+    sum += f64 ? static_cast<const double*>(l.token.weight)[c] : static_cast<const float*>(l.token.weight)[c];
+  l.token.weight_sum = sum;
+}
+
+Loss read_loss(const char* op, Ints logits, ScalarType dtype, const Tensor& target,
+               const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+               double label_smoothing, double z_loss, double softcap) {
+  Loss l{op, 1, 1, 1, dtype, compute_type(dtype), reduction};
+  const int64_t dim = int64_t(logits.size());
+  STD_TORCH_CHECK(dim >= 1, "fastlm::", op, ": logits without a class dimension");
+  l.N = dim == 1 ? 1 : logits[0];
+  l.C = logits[dim == 1 ? 0 : 1];
+  for (int64_t i = 2; i < dim; ++i) l.S *= logits[i];
+  STD_TORCH_CHECK(reduction >= kNone && reduction <= kSum, "fastlm::", op, ": unknown reduction ", reduction);
+  l.token.ignore_index = ignore_index;
+  l.token.label_smoothing = label_smoothing;
+  l.token.z_loss = z_loss;
+  l.token.softcap = softcap;
+  set_weight(l, weight);
+  set_target(l, target, logits);
+  return l;
+}
+
+// Shape of a value per token: that of the logits without the classes.
+std::vector<int64_t> token_shape(Ints logits) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < int64_t(logits.size()); ++i)
+    if (i != (logits.size() == 1 ? 0 : 1)) shape.push_back(logits[i]);
+  return shape;
+}
+
+Tensor new_tensor(const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::empty(Ints(size.data(), size.size()), dtype);
+}
+
+// The upstream gradients of the loss and, if given, of lse.
+void set_upstream(Loss& l, const Tensor& dloss, const std::optional<Tensor>& dlse) {
+  const Tensor upstream =
+      dloss.scalar_type() == l.compute ? dloss : torch::stable::to(dloss, l.compute);
+  const bool f64 = l.compute == ScalarType::Double;
+  if (l.reduction == kNone) {
+    STD_TORCH_CHECK(dloss.numel() == l.N * l.S, "fastlm::", l.op, ": dloss has shape ", shape_string(dloss));
+    l.dloss = fastlm::contiguous(upstream);
+    l.token.dloss = l.dloss->const_data_ptr();
+    l.token.scale = 1;
+  } else {
+    check_shape(dloss, {}, l.op, "dloss");
+    const double g = f64 ? *upstream.const_data_ptr<double>() : *upstream.const_data_ptr<float>();
+    l.token.scale = g / (l.reduction == kMean ? l.denominator : 1);
+  }
+  if (!dlse) return;
+  check_dtype(*dlse, l.compute, l.op, "dlse");
+  STD_TORCH_CHECK(dlse->numel() == l.N * l.S, "fastlm::", l.op, ": dlse has shape ", shape_string(*dlse));
+  l.dlse = fastlm::contiguous(*dlse);
+  l.token.dlse = l.dlse->const_data_ptr();
+}
+
+template <class T> Tensor reduced(const Loss& l, const Tensor& loss) {
+  const T* x = static_cast<const T*>(loss.const_data_ptr());
+  double sum = 0;
+  for (int64_t i = 0; i < l.N * l.S; ++i) sum += double(x[i]);
+  Tensor result = fastlm::new_tensor({}, l.compute);
+  *static_cast<T*>(result.mutable_data_ptr()) = T(l.reduction == kMean ? sum / l.denominator : sum);
+  return result;
+}
+
+// loss [N][S] of the compute type, reduced and in the dtype that the caller asks for.
+Tensor finish_loss(const Loss& l, const Tensor& loss, bool full_precision) {
+  Tensor result = l.reduction == kNone                 ? loss
+                  : l.compute == ScalarType::Double ? reduced<double>(l, loss)
+                                                    : reduced<float>(l, loss);
+  if (full_precision || l.dtype == l.compute) return result;
+  return torch::stable::to(result, l.dtype);
+}
+
+// ---- over logits ----
+
+// Logits as the kernel can read them: classes contiguous, or positions.
+struct Logits {
+  std::optional<Tensor> tensor;
+  Strides at;
+  int64_t N, S;  // a matrix with tokens contiguous is [1][C][N]
+  bool rows;
+};
+
+bool view_logits(const Tensor& t, int64_t N, int64_t S, Logits* v) {
+  v->tensor = t;
+  v->N = N;
+  v->S = S;
+  if (!merged_strides(t, &v->at)) return false;
+  if (S == 1) v->at.s = 1;
+  if (v->at.c == 1) return v->rows = true;
+  v->rows = false;
+  if (S == 1 && N > 1 && v->at.n == 1) {
+    v->at = {0, v->at.c, 1};
+    v->N = 1;
+    v->S = N;
+    return true;
+  }
+  return S > 1 && v->at.s == 1;
+}
+
+void set_logits(CrossEntropyParams& p, const Loss& l, const Tensor& input, Logits* view) {
+  if (!view_logits(input, l.N, l.S, view)) view_logits(torch::stable::contiguous(input), l.N, l.S, view);
+  p.N = view->N;
+  p.C = l.C;
+  p.S = view->S;
+  p.rows = view->rows;
+  p.input = view->tensor->const_data_ptr();
+  p.input_at = view->at;
+  p.token = l.token;
+  if (l.probabilities() && view->N != l.N) p.token.probs_at = {0, l.token.probs_at.c, l.token.probs_at.n};
+  p.pool = torch_pool();
+}
+
+// Runs with the gradient in a tensor laid out like input, through a temporary where the kernel can't
+// write such a layout beside the one that it reads.
+Tensor run(CrossEntropyParams& p, const Loss& l, const Tensor& input, DType dtype, bool gradient) {
+  const auto kernel = kernels().cross_entropy.run[dtype];
+  if (!gradient) {
+    kernel(p);
+    return fastlm::new_tensor({0}, l.dtype);
+  }
+  Tensor dinput = torch::stable::empty_like(input);
+  Logits view;
+  if (view_logits(dinput, l.N, l.S, &view) && view.rows == p.rows && view.N == p.N) {
+    back_with_huge_pages(dinput);
+    p.dinput = dinput.mutable_data_ptr();
+    p.dinput_at = view.at;
+    kernel(p);
+    return dinput;
+  }
+  const Tensor plain = torch::stable::contiguous(input);
+  Logits source, result;
+  set_logits(p, l, plain, &source);
+  const Tensor temporary = torch::stable::empty_like(plain);
+  view_logits(temporary, l.N, l.S, &result);
+  p.dinput = temporary.mutable_data_ptr();
+  p.dinput_at = result.at;
+  kernel(p);
+  torch::stable::copy_(dinput, temporary);
+  return dinput;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool return_lse,
+    bool full_precision, bool gradient) {
+  const DType dtype = dtype_of(input, "cross_entropy", "input");
+  const auto logits = input.sizes();
+  Loss l = read_loss("cross_entropy", logits, input.scalar_type(), target, weight, reduction,
+                     ignore_index, label_smoothing, z_loss, softcap);
+  STD_TORCH_CHECK(!gradient || (reduction != kNone && !return_lse),
+                  "fastlm::cross_entropy: the upstream gradient is known for a scalar loss alone");
+  const std::vector<int64_t> shape = token_shape(logits);
+  const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
+  l.token.loss = loss.mutable_data_ptr();
+  l.token.lse = lse.mutable_data_ptr();
+  l.token.lse_everywhere = return_lse;
+  l.token.scale = reduction == kMean ? 1 / l.denominator : 1;
+  CrossEntropyParams p{};
+  Logits view;
+  set_logits(p, l, input, &view);
+  p.forward = true;
+  const Tensor dinput = run(p, l, input, dtype, gradient);
+  return {finish_loss(l, loss, full_precision), lse, dinput};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_backward(
+    const Tensor& dloss, const std::optional<Tensor>& dlse, const Tensor& input, const Tensor& target,
+    const std::optional<Tensor>& weight, const Tensor& lse, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, bool input_gradient, bool target_gradient) {
+  const DType dtype = dtype_of(input, "cross_entropy_backward", "input");
+  Loss l = read_loss("cross_entropy_backward", input.sizes(), input.scalar_type(), target, weight,
+                     reduction, ignore_index, label_smoothing, z_loss, softcap);
+  set_upstream(l, dloss, dlse);
+  check_dtype(lse, l.compute, l.op, "lse");
+  STD_TORCH_CHECK(lse.numel() == l.N * l.S, "fastlm::", l.op, ": lse has shape ", shape_string(lse));
+  const Tensor lse_rows = fastlm::contiguous(lse);
+  l.token.lse = const_cast<void*>(lse_rows.const_data_ptr());
+  CrossEntropyParams p{};
+  Logits view;
+  set_logits(p, l, input, &view);
+  Tensor dtarget = fastlm::new_tensor({0}, l.dtype);
+  if (target_gradient) {
+    STD_TORCH_CHECK(l.probabilities(), "fastlm::", l.op, ": class indices have no gradient");
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < target.dim(); ++i) shape.push_back(target.size(i));
+    dtarget = new_tensor(shape, l.dtype);
+    p.dprobs = dtarget.mutable_data_ptr();
+    merged_strides(dtarget, &p.dprobs_at);
+    if (view.N != l.N) p.dprobs_at = {0, p.dprobs_at.c, p.dprobs_at.n};
+  }
+  const Tensor dinput = run(p, l, input, dtype, input_gradient);
+  return {dinput, dtarget};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+}  // namespace
+}  // namespace fastlm

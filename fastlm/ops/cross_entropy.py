@@ -1,0 +1,191 @@
+"""Softmax cross-entropy: fake kernels, autograd and entry point.
+
+fastlm::cross_entropy(input, target, weight, ...) -> (loss, lse, dinput)
+    input   (C), (N, C) or (N, C, d1, ...), floating, any strides
+    target  int64 class indices, input's shape without C; or probabilities, input's shape and dtype
+    weight  (C) in the compute dtype, or None
+    loss    input's shape without C, or () if reduced; in the compute dtype with full_precision,
+            else in input's
+    lse     input's shape without C, compute dtype; 0 for ignored tokens unless return_lse
+    dinput  like input, the gradient for an upstream gradient of 1; empty unless `gradient`
+fastlm::cross_entropy_backward(dloss, dlse, input, target, weight, lse, ...) -> (dinput, dtarget)
+    each empty unless wanted
+
+The compute dtype is float64 for float64 and float32 otherwise; reduction is 0 none, 1 mean, 2 sum.
+
+In eager mode a scalar loss computes its gradient in the forward, while the logits are in cache: the
+backward then only hands it over. Where the upstream gradient is not known to be one scalar, or under
+torch.compile, which plans memory better than that, the backward reads the logits once more.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.ops import reference_backward
+
+REDUCTIONS = ("none", "mean", "sum")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+_forward = torch.ops.fastlm.cross_entropy.default
+_backward_op = torch.ops.fastlm.cross_entropy_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def token_shape(logits: torch.Size) -> list[int]:
+    """Shape of one value per token."""
+    return [] if len(logits) == 1 else [logits[0], *logits[2:]]
+
+
+@torch.library.register_fake("fastlm::cross_entropy")
+def _(
+    input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap, return_lse,
+    full_precision, gradient,
+):  # fmt: skip
+    shape, compute = token_shape(input.shape), compute_dtype(input.dtype)
+    loss = input.new_empty(
+        [] if reduction else shape, dtype=compute if full_precision else input.dtype
+    )
+    lse = input.new_empty(shape, dtype=compute)
+    return loss, lse, torch.empty_like(input) if gradient else input.new_empty(0)
+
+
+@torch.library.register_fake("fastlm::cross_entropy_backward")
+def _(
+    dloss, dlse, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss,
+    softcap, input_gradient, target_gradient,
+):  # fmt: skip
+    return (
+        torch.empty_like(input) if input_gradient else input.new_empty(0),
+        input.new_empty(target.shape) if target_gradient else input.new_empty(0),
+    )
+
+
+def _save(ctx, input, target, weight, lse, options):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, weight, lse)
+    ctx.options = options
+    ctx.dinput = None
+
+
+def _gradients(ctx, dloss, dlse):
+    """Gradients to input and target."""
+    wants_input, wants_target = ctx.needs_input_grad[:2]
+    if dloss is None and dlse is None:
+        return None, None
+    input, target, weight, lse = ctx.saved_tensors
+    reduction = ctx.options[0]
+    if torch.is_grad_enabled():
+        name, rest = REDUCTIONS[reduction], ctx.options[1:]
+        if dloss is not None:
+            dloss = dloss.to(compute_dtype(input.dtype))
+        return reference_backward(
+            lambda x, y: reference.cross_entropy_formula(x, y, weight, name, *rest),
+            (input, target), (wants_input, wants_target), (dloss, dlse),
+        )  # fmt: skip
+    if dloss is None:
+        dloss = lse.new_zeros([] if reduction else lse.shape)
+    dinput, dtarget = _backward_op(
+        dloss, dlse, input, target, weight, lse, *ctx.options, wants_input, wants_target
+    )
+    return dinput if wants_input else None, dtarget if wants_target else None
+
+
+def _setup_context(ctx, inputs, output):
+    input, target, weight, *options, _, _, _ = inputs
+    _save(ctx, input, target, weight, output[1], options)
+
+
+def _backward(ctx, dloss, dlse, ddinput):
+    # The functions that call the operator under autograd never ask it for dinput.
+    return *_gradients(ctx, dloss, dlse), *[None] * 9
+
+
+torch.library.register_autograd("fastlm::cross_entropy", _backward, setup_context=_setup_context)
+
+
+def scale_known_gradients(ctx, dloss: Tensor, names: tuple[str, ...]) -> list[Tensor | None]:
+    """The gradients that the forward computed, for the upstream gradient dloss, and then let go.
+
+    They are handed over as they are, or scaled in place, only when this is the graph's last use:
+    with retain_graph the saved ones must stay as they are, whatever is done to those returned.
+    """
+    saved = [getattr(ctx, name) for name in names]
+    if all(g is None for g in saved):
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved tensors "
+            "after they have already been freed). Specify retain_graph=True if you need to backward "
+            "through the graph a second time."
+        )
+    if _keeps_graph():
+        return [None if g is None else g * dloss.to(g.dtype) for g in saved]
+    for name in names:
+        setattr(ctx, name, None)
+    scale = dloss.item()
+    if scale != 1:
+        for g in saved:
+            if g is not None:
+                g.mul_(scale)
+    return saved
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The operator in eager mode: calls through torch.library cost tens of microseconds more."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, return_lse, full_precision, fused, options):
+        with _below_autograd():
+            loss, lse, dinput = _forward(
+                input, target, weight, *options, return_lse, full_precision, fused
+            )
+        _save(ctx, input, target, weight, lse, options)
+        ctx.fused = fused
+        if fused:
+            ctx.dinput = dinput
+        return (loss, lse) if return_lse else loss
+
+    @staticmethod
+    def backward(ctx, dloss, dlse=None):
+        if ctx.fused and dloss is not None and not torch.is_grad_enabled():
+            dinput, dtarget = *scale_known_gradients(ctx, dloss, ("dinput",)), None
+        else:
+            dinput, dtarget = _gradients(ctx, dloss, dlse)
+        return dinput, dtarget, None, None, None, None, None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    return_lse: bool,
+    full_precision: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator with autograd, arguments checked and converted already."""
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    if torch.compiler.is_compiling():
+        loss, lse, _ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+        return (loss, lse) if return_lse else loss
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        # float16: the gradients of a mean underflow unless the loss scale is in them from the start.
+        fused = (
+            reduction != 0
+            and not return_lse
+            and not target.requires_grad
+            and input.dtype != torch.float16
+        )
+        return _CrossEntropy.apply(
+            input, target, weight, return_lse, full_precision, fused, options
+        )
+    with _below_autograd():
+        loss, lse, _ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+    return (loss, lse) if return_lse else loss
