@@ -202,7 +202,7 @@ FASTLM_INLINE void stream_half(void* p, Half h) {
 }
 #elif defined(__SSE2__)
 template <class V> FASTLM_INLINE void stream_bytes(void* p, V v) {
-  using I128 = VectorOf<long long, 16>::type;
+  using I128 = VectorOf<int64_t, 16>::type;
   I128 parts[sizeof v >= 16 ? sizeof v / 16 : 1];
   if constexpr (sizeof v < 16) {
     __builtin_memcpy(p, &v, sizeof v);
