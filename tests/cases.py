@@ -106,8 +106,9 @@ class Draw:
         """The same values in another memory layout (expanded: the first row repeated)."""
         if layout == "contiguous" or values.dim() == 0:
             return values
+        unused = float("nan") if values.is_floating_point() else 0  # between the values
         if layout == "strided":  # every other element along the last dimension
-            wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), float("nan"))
+            wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), unused)
             wide[..., ::2] = values
             return wide[..., ::2]
         if layout == "transposed":  # the first dimension is the innermost in memory
@@ -115,7 +116,7 @@ class Draw:
         if layout == "expanded":  # stride 0 along the first dimension
             return values[:1].expand(values.shape)
         if layout == "offset":  # starts one element into its storage: misaligned for vectors
-            flat = values.new_full((values.numel() + 1,), float("nan"))
+            flat = values.new_full((values.numel() + 1,), unused)
             flat[1:] = values.flatten()
             return flat[1:].view(values.shape)
         raise ValueError(f"layout is {layout!r}, expected one of {LAYOUTS}")
