@@ -50,8 +50,6 @@ template <class T, int kBytes> struct VectorOf {};
 template <Number T, int kBytes> struct VectorOf<T, kBytes> {
   typedef T type __attribute__((vector_size(kBytes)));
 };
-template <int kBytes> struct VectorOf<bf16, kBytes> {};  // storage only
-template <int kBytes> struct VectorOf<f16, kBytes> {};
 template <class T> using Vec = typename VectorOf<T, kVectorBytes>::type;
 using Half = VectorOf<uint16_t, kVectorBytes / 2>::type;  // storage of kLanes<float> 16-bit values
 using Words = Vec<uint32_t>;                              // pairs of bf16, even k in the low half
@@ -202,20 +200,18 @@ FASTLM_INLINE void stream_half(void* p, Half h) {
 }
 #elif defined(__SSE2__)
 template <class V> FASTLM_INLINE void stream_bytes(void* p, V v) {
-  using I128 = VectorOf<int64_t, 16>::type;
-  I128 parts[sizeof v >= 16 ? sizeof v / 16 : 1];
-  if constexpr (sizeof v < 16) {
-    __builtin_memcpy(p, &v, sizeof v);
-    return;
-  }
+  if constexpr (sizeof v < 16) __builtin_memcpy(p, &v, sizeof v);
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(v));
 #endif
 #if defined(__AVX__)
   if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(v));
 #endif
-  __builtin_memcpy(parts, &v, sizeof v);
-  for (size_t i = 0; i < sizeof v / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, __m128i(parts[i]));
+  if constexpr (sizeof v >= 16) {
+    __m128i parts[sizeof v / 16];
+    __builtin_memcpy(parts, &v, sizeof v);
+    for (size_t i = 0; i < sizeof v / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, parts[i]);
+  }
 }
 template <class T> FASTLM_INLINE void stream(T* p, Vec<T> v) { stream_bytes(p, v); }
 FASTLM_INLINE void stream_half(void* p, Half h) { stream_bytes(p, h); }
