@@ -3,6 +3,25 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastlm, m) {
+  // attention
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? seed, float dropout_p, bool is_causal, int window_left, int window_right, "
+      "float scale, float softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float dropout_p, "
+      "bool is_causal, int window_left, int window_right, float scale, float softcap, bool needs_mask, "
+      "bool needs_slopes) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dslopes, "
+      "Tensor dsinks)");
+  m.def(
+      "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, "
+      "Tensor? seqused_k, Tensor? block_table, int max_q, int max_k, int window_left, int window_right, "
+      "float scale, int num_splits) -> (Tensor out, Tensor lse)");
+  m.def(
+      "varlen_attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, int window_left, "
+      "int window_right, float scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue)");
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, bool return_lse, bool full_precision, "

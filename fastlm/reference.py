@@ -4,10 +4,195 @@ These formulas are the oracle of the tests, the documentation of what the kernel
 ``eager`` backend. float16 and bfloat16 are computed in float32 and rounded at the end.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn.attention.varlen import AuxRequest
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+# ---- attention ----------------------------------------------------------------------------
+
+
+def _philox_4x32(counter: tuple[Tensor, Tensor, Tensor, int], seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def dropout_keep(seed: Tensor, heads: int, Tq: int, Tk: int, dropout_p: float) -> Tensor:
+    """Which attention weights dropout keeps: bool (heads, Tq, Tk), heads counted over the batch.
+
+    Key j of query i in head h takes word j % 4 of Philox-4x32-10 at counter (j // 4, i, h, 0)
+    under the key `seed` (int64 scalar); it is kept if the word is at least dropout_p * 2**32.
+    The kernels compute the same words, so forward, backward and this formula agree.
+    """
+    def index(n):
+        return torch.arange(n, dtype=torch.int64, device=seed.device)
+
+    quads = (Tk + 3) // 4
+    counter = (index(quads), index(Tq)[:, None], index(heads)[:, None, None])
+    c0, c1, c2 = (c.expand(heads, Tq, quads) for c in counter)
+    words = torch.stack(_philox_4x32((c0, c1, c2, 0), seed), dim=-1)
+    return words.flatten(-2)[..., :Tk] >= int(dropout_p * 2.0**32)
+
+
+def band(Tq: int, Tk: int, is_causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Query i sees key j if i - lower <= j <= i + upper; None stands for no bound.
+
+    is_causal aligns query 0 with key 0, window_size the last query with the last key.
+    """
+    left, right = window_size
+    lower = left - (Tk - Tq) if left >= 0 else None
+    upper = right + (Tk - Tq) if right >= 0 else None
+    if is_causal:
+        upper = 0 if upper is None else min(0, upper)
+    return lower, upper
+
+
+def split_causal_bias(attn_mask, is_causal, window_size):
+    """torch.nn.attention.bias.CausalBias as (attn_mask, is_causal, window_size)."""
+    if isinstance(attn_mask, CausalBias):
+        if attn_mask.variant == CausalVariant.UPPER_LEFT:
+            return None, True, window_size
+        left, right = window_size
+        return None, is_causal, (left, 0 if right < 0 else min(right, 0))
+    return attn_mask, is_causal, window_size
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * query key^T) + bias) value, the weights whole in memory.
+
+    softcap(s) = c tanh(s / c). The bias of query i and key j is attn_mask (a bool one counts
+    as 0 where True, -inf where False) - alibi_slopes |i + Tk - Tq - j|, and -inf outside of the
+    band of is_causal and window_size. A row without any key gives 0. `sinks` joins the softmax
+    as one more logit per head that has no value. Dropout draws `seed` from torch's generator
+    unless it is given. Low precision is computed in float32. Shapes as in fastlm.functional.
+    """
+    attn_mask, is_causal, window_size = split_causal_bias(attn_mask, is_causal, window_size)
+    dtype = query.dtype
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    Tq, Tk = query.size(-2), key.size(-2)
+    scale = query.size(-1) ** -0.5 if scale is None and query.size(-1) > 0 else scale
+    q, k, v = query.to(wide), key.to(wide), value.to(wide)
+    if enable_gqa:
+        k = k.repeat_interleave(q.size(-3) // k.size(-3), -3)
+        v = v.repeat_interleave(q.size(-3) // v.size(-3), -3)
+
+    logits = q @ k.mT * (1.0 if scale is None else scale)
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    i = torch.arange(Tq, device=q.device)[:, None]
+    j = torch.arange(Tk, device=q.device)
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes.to(wide)[..., None, None] * (i + (Tk - Tq) - j).abs().to(wide)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=wide, device=q.device).masked_fill(~attn_mask, -math.inf)
+        logits = logits + attn_mask.to(wide)
+    lower, upper = band(Tq, Tk, is_causal, window_size)
+    if lower is not None:
+        logits = logits.masked_fill(j < i - lower, -math.inf)
+    if upper is not None:
+        logits = logits.masked_fill(j > i + upper, -math.inf)
+
+    if sinks is not None:
+        sink = sinks.to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], -1)
+    # A row without any key: its logits are replaced before the softmax, so that no gradient of it is NaN.
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    safe = logits.masked_fill(empty, 0.0)
+    weights = torch.softmax(safe, -1).masked_fill(empty, 0.0)[..., :Tk]
+    if dropout_p > 0.0:
+        seed = draw_seed() if seed is None else seed
+        heads = math.prod(weights.shape[:-2])
+        keep = dropout_keep(seed, heads, Tq, Tk, dropout_p).view(weights.shape)
+        weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0) if dropout_p < 1.0 else weights * 0.0
+    out = (weights @ v).to(dtype)
+    if not return_lse:
+        return out
+    if safe.size(-1) == 0:
+        return out, safe.new_full(safe.shape[:-1], -math.inf)
+    return out, torch.logsumexp(safe, -1).masked_fill(empty.squeeze(-1), -math.inf)
+
+
+def draw_seed() -> Tensor:
+    """An int64 scalar from torch's default CPU generator."""
+    return torch.empty((), dtype=torch.int64).random_()
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: AuxRequest | None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One call of scaled_dot_product_attention per packed sequence. Shapes as in fastlm.functional."""
+    q_ends = cu_seq_q.tolist()
+    N, Hq = len(q_ends) - 1, query.size(1)
+    k_ends = cu_seq_k.tolist() if cu_seq_k is not None else None
+    out = query.new_zeros(*query.shape[:-1], value.size(-1))
+    lse = torch.full((Hq, query.size(0)), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    # Tokens before the first sequence and behind the last belong to none.
+    outs, lses = [out[: q_ends[0]]], [lse[:, : q_ends[0]]]
+    for n in range(N):
+        q = query[q_ends[n] : q_ends[n + 1]]
+        if block_table is not None:
+            length, pages = int(seqused_k[n]), block_table[n].long()
+            used = pages[: -(-length // key.size(1))]
+            k, v = key[used].flatten(0, 1)[:length], value[used].flatten(0, 1)[:length]
+        else:
+            begin = k_ends[n]
+            end = k_ends[n + 1] if seqused_k is None else begin + int(seqused_k[n])
+            k, v = key[begin:end], value[begin:end]
+        o, l = scaled_dot_product_attention(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1),
+            scale=scale, enable_gqa=enable_gqa, window_size=window_size, return_lse=True,
+        )
+        outs.append(o.transpose(0, 1))
+        lses.append(l)
+    outs.append(out[q_ends[-1] :])
+    lses.append(lse[:, q_ends[-1] :])
+    out, lse = torch.cat(outs, 0), torch.cat(lses, 1)
+    if return_aux is not None and return_aux.lse:
+        return out, lse
+    return out
 
 
 # ---- cross_entropy ------------------------------------------------------------------------

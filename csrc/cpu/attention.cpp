@@ -1,0 +1,360 @@
+// Attention on the CPU: checks, tensors to parameters, division of the work, registration.
+//
+// How work is divided follows from shapes alone, never from the number of threads: it decides the order
+// of sums, and results are the same bits on any number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "dispatch.h"
+
+namespace fastlm {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr double kSerialWork = 1 << 18;  // multiply-adds that one thread does before others wake up
+
+Tensor rows_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : torch::stable::contiguous(t); }
+
+// An uninitialised (B, H, T, D), its memory ordered as `like`: (B, T, H, D) where heads are the inner
+// of the two, so that the usual transposed views stay cheap to undo.
+Tensor empty_as(const Tensor& like, int64_t D) {
+  const int64_t B = like.size(0), H = like.size(1), T = like.size(2);
+  if (like.stride(1) < like.stride(2))
+    return torch::stable::transpose(new_tensor({B, T, H, D}, like.scalar_type()), 1, 2);
+  return new_tensor({B, H, T, D}, like.scalar_type());
+}
+
+// Options of the dense operators, in the order of their schemas.
+struct Options {
+  const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &seed;
+  double dropout_p;
+  bool is_causal;
+  int64_t window_left, window_right;
+  double scale, softcap;
+};
+
+// Parameters, and what they point to.
+struct Call {
+  AttentionParams p{};
+  DType dtype{};
+  std::vector<AttentionSequence> sequences;
+  std::vector<AttentionItem> items;
+  std::vector<Tensor> held;
+  double work = 0;  // multiply-adds of one product over all queries and keys
+
+  const void* hold(const Tensor& t) {
+    held.push_back(t);
+    return t.const_data_ptr();
+  }
+  void* hold_mutable(const Tensor& t) {
+    held.push_back(t);
+    return t.mutable_data_ptr();
+  }
+};
+
+void set_band(AttentionSequence& s, bool is_causal, int64_t left, int64_t right) {
+  s.lower = left >= 0 ? std::min(left - (s.Tk - s.Tq), kUnbounded) : kUnbounded;
+  s.upper = right >= 0 ? std::min(right + (s.Tk - s.Tq), kUnbounded) : kUnbounded;
+  if (is_causal) s.upper = std::min<int64_t>(s.upper, 0);
+}
+
+void set_tensors(Call& c, const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  AttentionParams& p = c.p;
+  c.dtype = dtype_of(q, op, "query");
+  check_dtype(k, q.scalar_type(), op, "key");
+  check_dtype(v, q.scalar_type(), op, "value");
+  p.q = c.hold(q);
+  p.k = c.hold(k);
+  p.v = c.hold(v);
+  p.pool = torch_pool();
+}
+
+// The dense case: (B, H, T, D).
+Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  Call c;
+  AttentionParams& p = c.p;
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "fastlm::", op,
+                  ": query, key and value must be (B, H, T, D), got ", shape_string(q), ", ",
+                  shape_string(k), " and ", shape_string(v));
+  set_tensors(c, op, q, k, v);
+  const int64_t Tq = q.size(2), Tk = k.size(2);
+  p.B = q.size(0);
+  p.Hq = q.size(1);
+  p.Hkv = k.size(1);
+  p.D = q.size(3);
+  p.Dv = v.size(3);
+  check_shape(k, {p.B, p.Hkv, Tk, p.D}, op, "key");
+  check_shape(v, {p.B, p.Hkv, Tk, p.Dv}, op, "value");
+  STD_TORCH_CHECK(p.Hkv == p.Hq || (p.Hkv > 0 && p.Hq % p.Hkv == 0), "fastlm::", op, ": ", p.Hq,
+                  " query heads cannot share ", p.Hkv, " key heads");
+  p.qs = {q.stride(1), q.stride(2)};
+  p.ks = {k.stride(1), k.stride(2)};
+  p.vs = {v.stride(1), v.stride(2)};
+  p.lse_h = Tq;
+  p.scale = o.scale;
+  p.softcap = o.softcap;
+  if (o.attn_mask) {
+    const Tensor& m = *o.attn_mask;
+    const int64_t full[4] = {p.B, p.Hq, Tq, Tk};
+    int64_t* const strides[4] = {&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
+    int64_t* const sizes[4] = {&p.bias_b, &p.bias_h, &p.bias_q, &p.bias_k};
+    STD_TORCH_CHECK(m.dim() == 4, "fastlm::", op, ": attn_mask must have 4 dimensions");
+    for (int d = 0; d < 4; ++d) {
+      STD_TORCH_CHECK(m.size(d) == full[d] || m.size(d) == 1, "fastlm::", op, ": attn_mask has shape ",
+                      shape_string(m), ", which does not broadcast to the scores");
+      *strides[d] = m.size(d) == 1 ? 0 : m.stride(d);
+      *sizes[d] = m.size(d);
+    }
+    if (m.scalar_type() == ScalarType::Bool) p.mask_kind = kBoolMask;
+    else if (m.scalar_type() == q.scalar_type()) p.mask_kind = kSameMask;
+    else {
+      check_dtype(m, ScalarType::Float, op, "attn_mask");
+      p.mask_kind = kFloatMask;
+    }
+    p.mask = c.hold(m);
+  }
+  const ScalarType wide = compute_type(q.scalar_type());
+  if (o.alibi_slopes) {
+    check_shape(*o.alibi_slopes, {p.B, p.Hq}, op, "alibi_slopes");
+    check_dtype(*o.alibi_slopes, wide, op, "alibi_slopes");
+    p.slopes = c.hold(fastlm::contiguous(*o.alibi_slopes));
+  }
+  if (o.sinks) {
+    check_shape(*o.sinks, {p.Hq}, op, "sinks");
+    check_dtype(*o.sinks, wide, op, "sinks");
+    p.sinks = c.hold(fastlm::contiguous(*o.sinks));
+  }
+  STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, "fastlm::", op, ": dropout_p is ", o.dropout_p,
+                  ", expected a probability");
+  if (o.dropout_p > 0) {
+    STD_TORCH_CHECK(o.seed && o.seed->numel() == 1, "fastlm::", op, ": dropout needs a seed");
+    check_dtype(*o.seed, ScalarType::Long, op, "seed");
+    p.dropout = true;
+    p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
+    p.drop_below = uint32_t(std::min(o.dropout_p * 4294967296.0, 4294967295.0));
+    p.keep_scale = o.dropout_p < 1 ? 1 / (1 - o.dropout_p) : 0;
+  }
+  c.sequences.resize(size_t(p.B));
+  for (int64_t b = 0; b < p.B; ++b) {
+    AttentionSequence& s = c.sequences[size_t(b)];
+    s = {};
+    s.Tq = Tq;
+    s.Tk = Tk;
+    set_band(s, o.is_causal, o.window_left, o.window_right);
+    s.q = b * q.stride(0);
+    s.k = b * k.stride(0);
+    s.v = b * v.stride(0);
+    s.lse = b * p.Hq * Tq;
+  }
+  c.work = double(p.B) * double(p.Hq) * double(Tq) * double(Tk) * double(p.D + p.Dv);
+  return c;
+}
+
+// Packed sequences: (T, H, D), or pages of keys and values.
+struct Packed {
+  const Tensor& cu_seq_q;
+  const OptionalTensor &cu_seq_k, &seqused_k, &block_table;
+  int64_t max_q, max_k, window_left, window_right;
+  double scale;
+};
+
+const int32_t* int32_values(const Tensor& t, int64_t n, const char* op, const char* name) {
+  check_dtype(t, ScalarType::Int, op, name);
+  check_shape(t, {n}, op, name);
+  STD_TORCH_CHECK(t.is_contiguous(), "fastlm::", op, ": ", name, " must be contiguous");
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+void check_offsets(const int32_t* at, int64_t n, int64_t total, const char* op, const char* name) {
+  STD_TORCH_CHECK(at[0] >= 0 && at[n] <= total, "fastlm::", op, ": ", name, " runs from ", at[0], " to ",
+                  at[n], ", outside of the ", total, " rows");
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(at[i] <= at[i + 1], "fastlm::", op, ": ", name, " decreases from ", at[i], " to ",
+                    at[i + 1], " at position ", i + 1);
+}
+
+Call packed_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Packed& o) {
+  Call c;
+  AttentionParams& p = c.p;
+  const bool paged = o.block_table.has_value();
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == (paged ? 4 : 3) && v.dim() == k.dim(), "fastlm::", op,
+                  ": query must be (T, H, D), key and value (T, H, D) or pages (P, S, H, D), got ",
+                  shape_string(q), ", ", shape_string(k), " and ", shape_string(v));
+  set_tensors(c, op, q, k, v);
+  const int64_t kd = k.dim(), N = o.cu_seq_q.numel() - 1, total_q = q.size(0);
+  STD_TORCH_CHECK(N >= 0, "fastlm::", op, ": cu_seq_q is empty");
+  p.B = N;
+  p.Hq = q.size(1);
+  p.Hkv = k.size(-2);
+  p.D = q.size(2);
+  p.Dv = v.size(-1);
+  if (paged) {
+    check_shape(k, {k.size(0), k.size(1), p.Hkv, p.D}, op, "key");
+    check_shape(v, {k.size(0), k.size(1), p.Hkv, p.Dv}, op, "value");
+  } else {
+    check_shape(k, {k.size(0), p.Hkv, p.D}, op, "key");
+    check_shape(v, {k.size(0), p.Hkv, p.Dv}, op, "value");
+  }
+  STD_TORCH_CHECK(p.Hkv == p.Hq || (p.Hkv > 0 && p.Hq % p.Hkv == 0), "fastlm::", op, ": ", p.Hq,
+                  " query heads cannot share ", p.Hkv, " key heads");
+  p.qs = {q.stride(1), q.stride(0)};
+  p.ks = {k.stride(kd - 2), k.stride(kd - 3)};
+  p.vs = {v.stride(kd - 2), v.stride(kd - 3)};
+  p.lse_h = total_q;
+  p.scale = o.scale;
+  const int32_t* const q_at = int32_values(o.cu_seq_q, N + 1, op, "cu_seq_q");
+  check_offsets(q_at, N, total_q, op, "cu_seq_q");
+  const int32_t *k_at = nullptr, *used = nullptr, *table = nullptr;
+  int64_t pages = 0, capacity = 0;
+  if (o.cu_seq_k) {
+    k_at = int32_values(*o.cu_seq_k, N + 1, op, "cu_seq_k");
+    if (!paged) check_offsets(k_at, N, k.size(0), op, "cu_seq_k");
+  }
+  if (o.seqused_k) used = int32_values(*o.seqused_k, N, op, "seqused_k");
+  if (paged) {
+    const Tensor t = fastlm::contiguous(*o.block_table);
+    STD_TORCH_CHECK(used, "fastlm::", op, ": block_table needs seqused_k");
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == N, "fastlm::", op, ": block_table has shape ",
+                    shape_string(t), ", expected (", N, ", pages)");
+    check_dtype(t, ScalarType::Int, op, "block_table");
+    table = static_cast<const int32_t*>(c.hold(t));
+    pages = t.size(1);
+    p.page_size = k.size(1);
+    p.k_page = k.stride(0);
+    p.v_page = v.stride(0);
+    capacity = pages * p.page_size;
+  } else {
+    STD_TORCH_CHECK(k_at, "fastlm::", op, ": cu_seq_k is needed without block_table");
+  }
+  c.sequences.resize(size_t(N));
+  for (int64_t n = 0; n < N; ++n) {
+    AttentionSequence& s = c.sequences[size_t(n)];
+    s = {};
+    const int64_t room = paged ? capacity : k_at[n + 1] - k_at[n];
+    s.Tq = q_at[n + 1] - q_at[n];
+    s.Tk = used ? used[n] : room;
+    STD_TORCH_CHECK(s.Tk >= 0 && s.Tk <= room, "fastlm::", op, ": seqused_k is ", s.Tk, " for sequence ", n,
+                    ", which has room for ", room, " keys");
+    STD_TORCH_CHECK(s.Tq <= o.max_q && (used || s.Tk <= o.max_k), "fastlm::", op, ": sequence ", n, " has ",
+                    s.Tq, " queries and ", s.Tk, " keys, more than max_q = ", o.max_q,
+                    " or max_k = ", o.max_k);
+    set_band(s, false, o.window_left, o.window_right);
+    s.q = q_at[n] * p.qs.t;
+    if (paged) {
+      s.pages = table + n * pages;
+      for (int64_t j = 0; j * p.page_size < s.Tk; ++j)
+        STD_TORCH_CHECK(s.pages[j] >= 0 && s.pages[j] < k.size(0), "fastlm::", op, ": block_table names page ",
+                        s.pages[j], " of ", k.size(0), " for sequence ", n);
+    } else {
+      s.k = k_at[n] * p.ks.t;
+      s.v = k_at[n] * p.vs.t;
+    }
+    s.lse = q_at[n];
+    c.work += double(p.Hq) * double(s.Tq) * double(s.Tk) * double(p.D + p.Dv);
+  }
+  return c;
+}
+
+// Blocks of queries for the forward; few queries of a key head share one block, and their keys are
+// split where there are many. Returns the rows of partial results.
+int64_t divide_forward(Call& c, bool split_keys) {
+  AttentionParams& p = c.p;
+  const int64_t group = p.Hkv ? p.Hq / p.Hkv : 0;
+  int64_t partial = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    AttentionSequence& s = c.sequences[size_t(b)];
+    if (s.Tq == 0) continue;
+    const int64_t rows = group * s.Tq;
+    if (rows <= kRowBlock) {
+      s.splits = split_keys ? std::clamp<int64_t>((s.Tk + 1023) / 1024, 1, 64) : 1;
+      s.split_keys = (s.Tk / s.splits + kKeyBlock) / kKeyBlock * kKeyBlock;
+      s.partial = partial;
+      if (s.splits > 1) partial += p.Hkv * s.splits * rows;
+      for (int64_t h = 0; h < p.Hkv; ++h)
+        for (int64_t x = 0; x < s.splits; ++x)
+          c.items.push_back({int32_t(b), int32_t(h), 0, rows, s.splits > 1 ? x : -1});
+      continue;
+    }
+    // The last queries of a causal sequence see the most keys: these blocks go first.
+    const int64_t blocks = (s.Tq + kRowBlock - 1) / kRowBlock;
+    const int64_t size = std::min((s.Tq / blocks + 23) / 24 * 24, kRowBlock);
+    for (int64_t h = 0; h < p.Hkv; ++h)
+      for (int64_t i = (s.Tq - 1) / size * size; i >= 0; i -= size)
+        for (int64_t g = 0; g < group; ++g)
+          c.items.push_back({int32_t(b), int32_t(h), g * s.Tq + i, std::min(size, s.Tq - i), -1});
+  }
+  return partial;
+}
+
+void finish(Call& c) {
+  c.p.sequences = c.sequences.data();
+  c.p.items = c.items.data();
+  c.p.n_items = int64_t(c.items.size());
+  if (c.work < kSerialWork) c.p.pool.threads = 1;
+}
+
+void run_forward(Call& c, const Tensor& out, const Tensor& lse, bool split_keys) {
+  AttentionParams& p = c.p;
+  p.out = c.hold_mutable(out);
+  p.lse = c.hold_mutable(lse);
+  const int64_t partial = divide_forward(c, split_keys);
+  if (partial > 0) {
+    p.partial_out = c.hold_mutable(new_tensor({partial, p.Dv}, lse.scalar_type()));
+    p.partial_lse = c.hold_mutable(new_tensor({partial}, lse.scalar_type()));
+  }
+  finish(c);
+  kernels().attention.forward[c.dtype](p);
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
+    double dropout_p, bool is_causal, int64_t window_left, int64_t window_right, double scale,
+    double softcap) {
+  const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
+  Call c = dense_call("attention_forward", q, k, v,
+                      {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left,
+                       window_right, scale, softcap});
+  const Tensor out = empty_as(query, c.p.Dv);
+  const Tensor lse = new_tensor({c.p.B, c.p.Hq, q.size(2)}, compute_type(q.scalar_type()));
+  c.p.os = {out.stride(1), out.stride(2)};
+  for (int64_t b = 0; b < c.p.B; ++b) c.sequences[size_t(b)].out = b * out.stride(0);
+  run_forward(c, out, lse, true);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seq_q,
+    const OptionalTensor& cu_seq_k, const OptionalTensor& seqused_k, const OptionalTensor& block_table,
+    int64_t max_q, int64_t max_k, int64_t window_left, int64_t window_right, double scale,
+    int64_t num_splits) {
+  const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
+  Call c = packed_call("varlen_attention_forward", q, k, v,
+                       {cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, window_left,
+                        window_right, scale});
+  Tensor out = new_tensor({q.size(0), c.p.Hq, c.p.Dv}, q.scalar_type());
+  Tensor lse = new_tensor({c.p.Hq, q.size(0)}, compute_type(q.scalar_type()));
+  const int32_t* at = static_cast<const int32_t*>(cu_seq_q.const_data_ptr());
+  if (c.p.B == 0 || at[0] > 0 || at[c.p.B] < q.size(0)) {  // rows of no sequence
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+  }
+  c.p.os = {c.p.Dv, c.p.Hq * c.p.Dv};
+  for (int64_t n = 0; n < c.p.B; ++n) c.sequences[size_t(n)].out = at[n] * c.p.os.t;
+  run_forward(c, out, lse, num_splits != 1);
+  return {out, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("varlen_attention_forward", TORCH_BOX(&varlen_attention_forward));
+}
+
+}  // namespace
+}  // namespace fastlm

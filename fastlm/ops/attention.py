@@ -1,0 +1,181 @@
+"""Attention: fake kernels, autograd formulas and entry points.
+
+Tensors here are in the kernels' form: query (B, Hq, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv),
+attn_mask (B or 1, Hq or 1, Tq or 1, Tk or 1), alibi_slopes (B, Hq) and sinks (Hq) in the compute dtype
+(float64 for float64, else float32), seed an int64 scalar. lse is (B, Hq, Tq) in the compute dtype.
+Packed sequences: query (T, Hq, D), lse (Hq, T).
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.ops import reference_backward
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_forward = torch.ops.fastlm.attention_forward.default
+_backward = torch.ops.fastlm.attention_backward.default
+_varlen_forward = torch.ops.fastlm.varlen_attention_forward.default
+_varlen_backward = torch.ops.fastlm.varlen_attention_backward.default
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty_as(like: Tensor, D: int) -> Tensor:
+    """An empty (B, H, T, D), its memory ordered as `like`'s."""
+    B, H, T, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(B, T, H, D).transpose(1, 2)
+    return like.new_empty(B, H, T, D)
+
+
+@torch.library.register_fake("fastlm::attention_forward")
+def _(query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, left, right, scale, softcap):
+    lse = query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
+    return _empty_as(query, value.size(-1)), lse
+
+
+@torch.library.register_fake("fastlm::attention_backward")
+def _(
+    dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal,
+    left, right, scale, softcap, needs_mask, needs_slopes,
+):  # fmt: skip
+    dq, dk, dv = (_empty_as(x, x.size(-1)) for x in (query, key, value))
+    none = lse.new_empty(0)
+    dmask = attn_mask.new_empty(attn_mask.shape) if needs_mask else none
+    dslopes = torch.empty_like(alibi_slopes, memory_format=torch.contiguous_format) if needs_slopes else none
+    return dq, dk, dv, dmask, dslopes, none if sinks is None else lse.new_empty(sinks.shape)
+
+
+@torch.library.register_fake("fastlm::varlen_attention_forward")
+def _(query, key, value, cu_q, cu_k, seqused_k, block_table, max_q, max_k, left, right, scale, num_splits):
+    T, H, _ = query.shape
+    return query.new_empty(T, H, value.size(-1)), query.new_empty(H, T, dtype=compute_dtype(query.dtype))
+
+
+@torch.library.register_fake("fastlm::varlen_attention_backward")
+def _(dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, right, scale):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+# ---- autograd: each pair of functions serves torch.library and the eager autograd.Function ----
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, *options = inputs
+    out, lse = output
+    ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse):
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
+    dropout_p, is_causal, left, right, scale, softcap = ctx.options
+    needs = ctx.needs_input_grad
+    nones = (None,) * 7  # seed and the options
+    if dout is None and dlse is None:
+        return (None,) * 6 + nones
+    if True:  # create_graph=True: gradients that can be differentiated again
+
+        def formula(query, key, value, attn_mask, alibi_slopes, sinks):
+            return reference.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, query.size(1) != key.size(1),
+                window_size=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+                return_lse=True, seed=seed,
+            )  # fmt: skip
+
+        inputs = (query, key, value, attn_mask, alibi_slopes, sinks)
+        return reference_backward(formula, inputs, needs[:6], (dout, dlse)) + nones
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = _backward(
+        dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, *ctx.options,
+        needs[3], needs[4],
+    )  # fmt: skip
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
+
+
+def _varlen_setup(ctx, inputs, output):
+    query, key, value, cu_q, cu_k, seqused_k, block_table, *options = inputs
+    out, lse = output
+    if seqused_k is not None or block_table is not None:
+        name = "seqused_k" if seqused_k is not None else "block_table"
+        raise RuntimeError(f"fastlm.varlen_attn: {name} is for inference only, but a gradient is required")
+    ctx.save_for_backward(query, key, value, cu_q, cu_k, out, lse)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _varlen_gradients(ctx, dout, dlse):
+    query, key, value, cu_q, cu_k, out, lse = ctx.saved_tensors
+    max_q, max_k, left, right, scale, _ = ctx.options
+    nones = (None,) * 10
+    if dout is None and dlse is None:
+        return (None,) * 3 + nones
+    if True:
+
+        def formula(query, key, value):
+            return reference.varlen_attn(
+                query, key, value, cu_q, cu_k, max_q, max_k, return_aux=reference.AuxRequest(lse=True),
+                scale=scale, window_size=(left, right), enable_gqa=query.size(1) != key.size(1),
+            )  # fmt: skip
+
+        return reference_backward(formula, (query, key, value), ctx.needs_input_grad[:3], (dout, dlse)) + nones
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = _varlen_backward(
+        dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, right, scale
+    )
+    return tuple(grads) + nones
+
+
+torch.library.register_autograd("fastlm::attention_forward", _gradients, setup_context=_setup)
+torch.library.register_autograd(
+    "fastlm::varlen_attention_forward", _varlen_gradients, setup_context=_varlen_setup
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        with _below_autograd():
+            output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_gradients)
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        with _below_autograd():
+            output = _varlen_forward(*inputs)
+        _varlen_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_varlen_gradients)
+
+
+def _run(op, function, inputs, differentiable):
+    """The operator, by the shortest way that keeps gradients: torch.library's own autograd costs tens
+    of microseconds a call, and is left to the compiler, which traces through it."""
+    if torch.compiler.is_compiling():
+        return op(*inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:differentiable]):
+        return function.apply(*inputs)
+    with _below_autograd():
+        return op(*inputs)
+
+
+def attention(*inputs) -> tuple[Tensor, Tensor]:
+    """out and lse; the arguments are those of the schema of fastlm::attention_forward."""
+    return _run(_forward, _Attention, inputs, 6)
+
+
+def varlen_attention(*inputs) -> tuple[Tensor, Tensor]:
+    """out and lse; the arguments are those of the schema of fastlm::varlen_attention_forward."""
+    return _run(_varlen_forward, _VarlenAttention, inputs, 3)
