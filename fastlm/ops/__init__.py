@@ -97,6 +97,14 @@ def under_transform(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def batched(*gradients: torch.Tensor | None) -> bool:
+    """Whether a backward runs for a batch of upstream gradients at once (``is_grads_batched``, a vmap
+    over it): kernels can't read these, the reference formulas can."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    )
+
+
 def reference_backward(function, inputs, needs_grad, grad_outputs):
     """Gradients of ``function(*inputs)`` as differentiable tensors: for double backward.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import reference_backward
+from fastlm.ops import batched, reference_backward
 
 REDUCTIONS = ("none", "mean", "sum")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -80,7 +80,7 @@ def _gradients(ctx, dloss, dlse):
         return None, None
     input, target, weight, lse = ctx.saved_tensors
     reduction = ctx.options[0]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or batched(dloss, dlse):
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
         if dloss is not None:
             dloss = dloss.to(compute_dtype(input.dtype))
@@ -151,7 +151,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse=None):
-        if ctx.fused and dloss is not None and not torch.is_grad_enabled():
+        if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
             dinput, dtarget = *scale_known_gradients(ctx, dloss, ("dinput",)), None
         else:
             dinput, dtarget = _gradients(ctx, dloss, dlse)
