@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
-from torch.nn.attention.varlen import AuxRequest
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
@@ -225,7 +223,7 @@ def scaled_dot_product_attention(
 
     Method: FlashAttention-2 (arXiv:2307.08691) with online softmax (arXiv:1805.02867).
     """
-    if isinstance(attn_mask, CausalBias):
+    if reference.is_causal_bias(attn_mask):
         if is_causal:
             raise _attention_error("a CausalBias as attn_mask cannot be combined with is_causal=True")
         if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.size(-2), key.size(-2)):
@@ -347,7 +345,7 @@ def varlen_attn(
     max_q: int,
     max_k: int,
     *,
-    return_aux: AuxRequest | None = None,
+    return_aux: reference.AuxRequest | None = None,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,

@@ -5,11 +5,10 @@ These formulas are the oracle of the tests, the documentation of what the kernel
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
-from torch.nn.attention.varlen import AuxRequest
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -59,10 +58,21 @@ def band(Tq: int, Tk: int, is_causal: bool, window_size: tuple[int, int]) -> tup
     return lower, upper
 
 
+class AuxRequest(NamedTuple):
+    """torch.nn.attention.varlen.AuxRequest, without importing its module."""
+
+    lse: bool = False
+
+
+def is_causal_bias(mask) -> bool:
+    """Whether it is a torch.nn.attention.bias.CausalBias: importing that class takes seconds."""
+    return type(mask).__name__ == "CausalBias" and hasattr(mask, "variant")
+
+
 def split_causal_bias(attn_mask, is_causal, window_size):
     """torch.nn.attention.bias.CausalBias as (attn_mask, is_causal, window_size)."""
-    if isinstance(attn_mask, CausalBias):
-        if attn_mask.variant == CausalVariant.UPPER_LEFT:
+    if is_causal_bias(attn_mask):
+        if attn_mask.variant.name == "UPPER_LEFT":
             return None, True, window_size
         left, right = window_size
         return None, is_causal, (left, 0 if right < 0 else min(right, 0))

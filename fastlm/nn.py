@@ -1,0 +1,197 @@
+"""Drop-in modules: constructor, attributes, state_dict and repr as in torch.nn."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm import functional
+
+__all__ = ["MultiheadAttention"]
+
+# ---- MultiheadAttention -------------------------------------------------------------------
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention on fused attention.
+
+    Constructor, attributes, parameters, `state_dict` and `repr` are those of
+    torch.nn.MultiheadAttention, of which this is a subclass. With `need_weights=False` the
+    heads run through `fastlm.scaled_dot_product_attention`, straight from the packed
+    projection and without a (L, S) matrix. `need_weights=True` asks for that very matrix,
+    so torch's own formula computes it and the output from it.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `query` over `key` and `value`, projected in and out.
+
+        query: (L, N, E), (N, L, E) if batch_first, (L, E) unbatched; key: (S, N, kdim) and
+        value: (S, N, vdim) alike. key_padding_mask: (N, S) or (S,); attn_mask: (L, S) or
+        (N * num_heads, L, S); boolean (True: do not attend) or floating (added to the scores).
+        is_causal: a hint that attn_mask is causal, which then isn't read.
+
+        Returns the output, of query's shape with embed_dim last, and the weights, (N, L, S)
+        averaged over the heads or (N, num_heads, L, S); None without need_weights.
+        Raises AssertionError and RuntimeError as torch.nn.MultiheadAttention does.
+        """
+        tensors = (query, key, value, key_padding_mask, attn_mask)
+        if need_weights or query.is_nested or torch.overrides.has_torch_function(tensors):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        is_batched = F._mha_shape_check(
+            query, key, value, key_padding_mask, attn_mask, self.num_heads
+        )
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "fastlm.nn.MultiheadAttention: is_causal is a hint about attn_mask, "
+                "so it needs an attn_mask; got None"
+            )
+        if is_causal and key_padding_mask is None:
+            attn_mask = None  # the hint says all of it
+        else:
+            is_causal = False
+        if not is_batched:
+            batch_dim = 0 if self.batch_first else 1
+            query, key, value = _unsqueeze_same(batch_dim, query, key, value)
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        self._check_sizes(query, key, value)
+
+        seq_dim = 1 if self.batch_first else 0
+        q, k, v = self._project_in(query, key, value)  # each (N, L|S, E) or (L|S, N, E)
+        rows = k.shape[seq_dim]
+        if self.bias_k is not None:
+            k = torch.cat([k, _row(self.bias_k, k, seq_dim)], dim=seq_dim)
+            v = torch.cat([v, _row(self.bias_v, v, seq_dim)], dim=seq_dim)
+        if self.add_zero_attn:
+            k = torch.cat([k, torch.zeros_like(k.narrow(seq_dim, 0, 1))], dim=seq_dim)
+            v = torch.cat([v, torch.zeros_like(v.narrow(seq_dim, 0, 1))], dim=seq_dim)
+        q, k, v = (self._split_heads(x) for x in (q, k, v))  # each (N, H, L|S, E/H), a view
+        extra = k.shape[2] - rows
+        mask = self._merge(attn_mask, key_padding_mask, q, rows, extra)
+        out = functional.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal
+        )
+        out = out.permute(0, 2, 1, 3) if self.batch_first else out.permute(2, 0, 1, 3)
+        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return (out if is_batched else out.squeeze(batch_dim)), None
+
+    def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        name = "fastlm.nn.MultiheadAttention"
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(
+                f"{name}: query has embedding dimension {query.shape[-1]}, "
+                f"expected {self.embed_dim}"
+            )
+        if self._qkv_same_embed_dim:
+            same = key.shape == value.shape
+        else:
+            same = key.shape[:2] == value.shape[:2]
+        if not same:
+            raise AssertionError(
+                f"{name}: key has shape {tuple(key.shape)}, which does not fit "
+                f"value's {tuple(value.shape)}"
+            )
+
+    def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The three projections, as views of one product where their inputs are one tensor."""
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1))
+        elif key is value:
+            w_q, w_kv = self.in_proj_weight.split((self.embed_dim, 2 * self.embed_dim))
+            b_q, b_kv = None, None
+            if self.in_proj_bias is not None:
+                b_q, b_kv = self.in_proj_bias.split((self.embed_dim, 2 * self.embed_dim))
+            return [F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, dim=-1)]
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        inputs = (query, key, value)
+        return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.permute(0, 2, 1, 3) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _merge(
+        self,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        q: Tensor,
+        rows: int,
+        extra: int,
+    ) -> Tensor | None:
+        """One mask for scaled_dot_product_attention, broadcastable to (N, H, L, S + extra).
+
+        The `extra` keys of add_bias_kv and add_zero_attn are open to every query. Boolean
+        masks stay boolean (True: attend, as that function has it), else -inf is added.
+        """
+        name = "fastlm.nn.MultiheadAttention"
+        batch, heads, length, _ = q.shape
+        if attn_mask is not None:
+            expected = (length, rows) if attn_mask.dim() == 2 else (batch * heads, length, rows)
+            if attn_mask.shape != expected:
+                raise RuntimeError(
+                    f"{name}: attn_mask has shape {tuple(attn_mask.shape)}, expected {expected}"
+                )
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.view(batch, heads, length, rows)
+        if key_padding_mask is not None:
+            if key_padding_mask.shape != (batch, rows):
+                raise AssertionError(
+                    f"{name}: key_padding_mask has shape {tuple(key_padding_mask.shape)}, "
+                    f"expected {(batch, rows)}"
+                )
+            key_padding_mask = key_padding_mask.view(batch, 1, 1, rows)
+        masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
+        if not masks:
+            return None
+        for mask in masks:
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise AssertionError(f"{name}: masks must be bool or floating, got {mask.dtype}")
+        if any(mask.is_floating_point() for mask in masks):
+            masks = [_additive(mask, q.dtype) for mask in masks]
+            merged = masks[0] if len(masks) == 1 else masks[0] + masks[1]
+            return F.pad(merged, (0, extra))
+        merged = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+        return F.pad(merged.logical_not(), (0, extra), value=True)
+
+
+def _unsqueeze_same(dim: int, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Adds a dimension to each; what was one tensor stays one tensor."""
+    q = query.unsqueeze(dim)
+    k = q if key is query else key.unsqueeze(dim)
+    v = k if value is key else value.unsqueeze(dim)
+    return [q, k, v]
+
+
+def _row(bias: Tensor, like: Tensor, seq_dim: int) -> Tensor:
+    """The (1, 1, E) bias as one more row of `like` along seq_dim."""
+    return bias.expand_as(like.narrow(seq_dim, 0, 1)).to(like.dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
