@@ -1,7 +1,7 @@
 """Builds fastlm/libfastlm.so with ninja: one object per source, the CPU kernels once per instruction set.
 
-Environment: CXX (compiler), MAX_JOBS, FASTLM_ISAS (comma-separated instruction sets to build beside
-`generic`; default: all of this architecture).
+Environment: CXX (compiler), CXXFLAGS and LDFLAGS (appended), MAX_JOBS, FASTLM_ISAS (comma-separated
+instruction sets to build beside `generic`; default: all of this architecture).
 """
 
 import os
@@ -134,8 +134,9 @@ class Build(build_ext):
         flags = [
             "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast",
             "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",
-            "-Wno-unknown-pragmas", "-DNDEBUG",
+            "-Wno-unknown-pragmas", "-DNDEBUG", *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]  # fmt: skip
+        link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *shlex.split(os.environ.get("LDFLAGS", ""))]
         includes = [
             f"-I{CSRC}",
             f"-isystem{root / 'include'}",
@@ -157,7 +158,7 @@ class Build(build_ext):
             "  description = compile $out",
             "rule link",
             "  description = link $out",
-            f"  command = $cxx -shared $in -o $out {quote(['-L' + str(root / 'lib')])} -ltorch_cpu -lc10",
+            f"  command = $cxx -shared $in -o $out {quote(link)}",
         ]
         objects = []
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-_path = Path(__file__).with_name("libfastlm.so")
+# FASTLM_LIBRARY names another build of it, as the sanitizers' tests do.
+_path = Path(os.environ.get("FASTLM_LIBRARY") or Path(__file__).with_name("libfastlm.so"))
 if not _path.exists():
     raise ImportError(
         f"fastlm: {_path} is missing, the compiled part of fastlm. "

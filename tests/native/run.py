@@ -1,8 +1,9 @@
-"""Builds the native tests and runs them: once per instruction set of this machine, then under the
-address and undefined-behaviour sanitizers, then under the thread sanitizer.
+"""The vectors and matrix products of every instruction set of this machine, checked natively; then
+these and every operator, forward and backward, under the address and undefined-behaviour sanitizers
+and under the thread sanitizer.
 
-The kernel bodies are free of torch, so they run here in small programs with real threads: the
-sanitizers see every instruction. `python tests/native/run.py [name...]` runs some of them.
+The sanitized library is a build of its own; walk.py calls every case of tests/cases.py on it.
+`python tests/native/run.py [plain|address|thread...]` runs some of this.
 """
 
 import os
@@ -12,19 +13,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ninja
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "native"
+COMPILER = os.environ.get("CXX", "c++")
 FLAGS = (
     "-std=c++20 -pthread -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
 )
 AVX2 = "-mavx2 -mfma -mf16c"
 SANITIZERS = {
-    "plain": "-O2",
-    "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
-    "thread": "-O1 -g -fsanitize=thread",
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-fsanitize=thread",
 }
+# The thread sanitizer needs fixed addresses on kernels with large address-space randomness.
+FIXED = ["setarch", platform.machine(), "-R"]
 
 
 def isas():
@@ -44,50 +49,77 @@ def isas():
     return found
 
 
-def plan(names):
-    """(program, sanitizer, ISA) of every run. Plain runs cover the ISAs; the sanitizers take the
-    widest layout, where the most tile remainders lie, and the thread sanitizer what has threads."""
+def widest():
+    """The layout with the most tile remainders."""
     available = isas()
-    widest = "wide" if "wide" in available else list(available)[-1]
-    for name in names:
-        for isa in available:
-            yield name, "plain", isa
-        yield name, "address", widest
-        yield name, "thread", widest
+    return "wide" if "wide" in available else list(available)[-1]
+
+
+def check_vectors(kinds):
+    """simd_test.cpp: plainly for each instruction set, sanitized for the widest."""
+    runs = [(kind, widest()) for kind in kinds if kind in SANITIZERS]
+    if "plain" in kinds:
+        runs += [("plain", isa) for isa in isas()]
+    rules = [
+        f"rule compile\n  command = {COMPILER} {FLAGS} -I{ROOT / 'csrc'} $extra -MMD -MF $out.d $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+    ]
+    programs = []
+    for kind, isa in runs:
+        programs.append(f"simd_test-{kind}-{isa}")
+        level = f"-O1 -g {SANITIZERS[kind]}" if kind in SANITIZERS else "-O2"
+        rules.append(f"build {programs[-1]}: compile {HERE / 'simd_test.cpp'}")
+        rules.append(f"  extra = {level} {isas()[isa]}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(rules) + "\n")
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "--quiet"], check=True)
+    for program in programs:
+        print(f"{program}: ", end="", flush=True)
+        subprocess.run([*FIXED, BUILD / program], check=True)
+
+
+def check_operators(kind):
+    """walk.py on a sanitized build of the library."""
+    print(f"operators, {kind} sanitizer: ", end="", flush=True)
+    folder = BUILD / kind
+    wide = "wide" if widest() == "wide" else ""
+    flags = f"-O1 -g {SANITIZERS[kind]}"
+    environment = os.environ | {
+        "CXXFLAGS": flags + (" -DFASTLM_OWN_THREADS" if kind == "thread" else ""),
+        "LDFLAGS": SANITIZERS[kind],
+        "FASTLM_ISAS": wide,
+    }
+    build = ["setup.py", "--quiet", "build_ext", f"--build-temp={folder}", f"--build-lib={folder}"]
+    subprocess.run([sys.executable, *build], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    names = ("libasan.so", "libubsan.so") if kind == "address" else ("libtsan.so",)
+    preload = [
+        subprocess.run([COMPILER, f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+        for n in (*names, "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preload),
+        "FASTLM_LIBRARY": str(folder / "fastlm" / "libfastlm.so"),
+        "FASTLM_ISA": wide,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, by the thousand
+        "TSAN_OPTIONS": f"halt_on_error=1 suppressions={HERE / 'thread.supp'}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",  # torch's own work; walk.py gives the kernels more
+    }
+    subprocess.run([*FIXED, sys.executable, HERE / "walk.py"], env=environment, check=True)
 
 
 def main():
-    every = sorted(p.stem for p in HERE.glob("*_test.cpp"))
-    names = sys.argv[1:] or every
-    unknown = set(names) - set(every)
+    kinds = sys.argv[1:] or ["plain", *SANITIZERS]
+    unknown = set(kinds) - {"plain", *SANITIZERS}
     if unknown:
-        raise SystemExit(f"no native test {sorted(unknown)}; there are {every}")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "c++")
-    rules = [f"rule compile\n  command = {compiler} {FLAGS} -I{ROOT / 'csrc'} $extra -MMD -MF $out.d $in -o $out",
-             "  depfile = $out.d\n  deps = gcc\n  description = compile $out"]  # fmt: skip
-    programs = []
-    for name, sanitizer, isa in plan(names):
-        program = f"{name}-{sanitizer}-{isa}"
-        programs.append((program, sanitizer))
-        rules.append(f"build {program}: compile {HERE / name}.cpp")
-        rules.append(f"  extra = {SANITIZERS[sanitizer]} {isas()[isa]}")
-    (BUILD / "build.ninja").write_text("\n".join(rules) + "\n")
-    import ninja
-
-    ninja_path = Path(ninja.BIN_DIR) / "ninja"
-    if subprocess.run([ninja_path, "-C", BUILD, "--quiet"]).returncode:
-        raise SystemExit("the native tests do not compile")
-    failed = []
-    for program, _ in programs:
-        # The thread sanitizer needs fixed addresses on kernels with large address-space randomness.
-        command = ["setarch", platform.machine(), "-R", str(BUILD / program)]
-        print(f"{program}: ", end="", flush=True)
-        if subprocess.run(command).returncode:
-            failed.append(shlex.join(command))
-    if failed:
-        raise SystemExit("native tests failed:\n  " + "\n  ".join(failed))
-    print(f"{len(programs)} passed, 0 failed")
+        raise SystemExit(f"unknown {sorted(unknown)}; there are plain, {', '.join(SANITIZERS)}")
+    try:
+        check_vectors(kinds)
+        for kind in kinds:
+            if kind in SANITIZERS:
+                check_operators(kind)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"failed: {shlex.join(map(str, error.cmd))}") from None
 
 
 if __name__ == "__main__":
