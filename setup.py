@@ -34,7 +34,7 @@ ISAS = {
     "aarch64": {"neon": ""},
 }
 ON_REQUEST = {"wide"}
-FAMILIES = ("attention", "cross_entropy", "gru", "peak")
+FAMILIES = ("attention", "cross_entropy", "gru", "linear_cross_entropy", "peak")
 
 
 def find_torch():

@@ -31,4 +31,16 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "Tensor? weight, Tensor lse, int reduction, int ignore_index, float label_smoothing, "
       "float z_loss, float softcap, bool input_gradient, bool target_gradient) "
       "-> (Tensor dinput, Tensor dtarget)");
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
+      "Tensor? weight, int reduction, int ignore_index, float label_smoothing, float z_loss, "
+      "float softcap, bool full_precision, bool input_gradient, bool weight_gradient, "
+      "bool bias_gradient) -> (Tensor loss, Tensor lse, Tensor dinput, Tensor dlinear_weight, "
+      "Tensor dlinear_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor input, Tensor linear_weight, "
+      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor lse, int reduction, "
+      "int ignore_index, float label_smoothing, float z_loss, float softcap, bool input_gradient, "
+      "bool weight_gradient, bool bias_gradient) -> (Tensor dinput, Tensor dlinear_weight, "
+      "Tensor dlinear_bias)");
 }

@@ -1,4 +1,4 @@
-// Binding of the cross-entropy operators: layouts, target checks, reductions.
+// Binding of the cross-entropy operators, over logits and linear: layouts, target checks, reductions.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -160,6 +160,15 @@ void set_upstream(Loss& l, const Tensor& dloss, const std::optional<Tensor>& dls
   l.token.dlse = l.dlse->const_data_ptr();
 }
 
+// The forward's log-sum-exp for the backward; the result must outlive the kernel.
+Tensor set_lse(Loss& l, const Tensor& lse) {
+  check_dtype(lse, l.compute, l.op, "lse");
+  STD_TORCH_CHECK(lse.numel() == l.N * l.S, "fastlm::", l.op, ": lse has shape ", shape_string(lse));
+  const Tensor rows = fastlm::contiguous(lse);
+  l.token.lse = const_cast<void*>(rows.const_data_ptr());
+  return rows;
+}
+
 template <class T> Tensor reduced(const Loss& l, const Tensor& loss) {
   const T* x = static_cast<const T*>(loss.const_data_ptr());
   double sum = 0;
@@ -279,10 +288,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   Loss l = read_loss("cross_entropy_backward", input.sizes(), input.scalar_type(), target, weight,
                      reduction, ignore_index, label_smoothing, z_loss, softcap);
   set_upstream(l, dloss, dlse);
-  check_dtype(lse, l.compute, l.op, "lse");
-  STD_TORCH_CHECK(lse.numel() == l.N * l.S, "fastlm::", l.op, ": lse has shape ", shape_string(lse));
-  const Tensor lse_rows = fastlm::contiguous(lse);
-  l.token.lse = const_cast<void*>(lse_rows.const_data_ptr());
+  const Tensor lse_rows = set_lse(l, lse);
   CrossEntropyParams p{};
   Logits view;
   set_logits(p, l, input, &view);
@@ -300,9 +306,115 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   return {dinput, dtarget};
 }
 
+// ---- linear ----
+
+struct Linear {
+  std::vector<int64_t> logits;  // shape of the logits that never exist
+  Tensor input, linear_weight;
+  std::optional<Tensor> linear_bias, dinput{}, dlinear_weight{}, dlinear_bias{};
+  DType dtype;
+  LinearCrossEntropyParams params{};
+};
+
+// input (D) or (N, D); linear_weight (C, D) or (C, d1, ..., dK, D); linear_bias its shape without D.
+Linear read_linear(const char* op, const Tensor& input, const Tensor& linear_weight,
+                   const std::optional<Tensor>& linear_bias) {
+  const DType dtype = dtype_of(input, op, "input");
+  const int64_t dim = linear_weight.dim();
+  STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, "fastlm::", op, ": input has shape ", shape_string(input));
+  STD_TORCH_CHECK(dim >= 2 && (dim == 2 || input.dim() == 2), "fastlm::", op, ": linear_weight has shape ",
+                  shape_string(linear_weight));
+  check_dtype(linear_weight, input.scalar_type(), op, "linear_weight");
+  const int64_t D = input.size(input.dim() - 1);
+  STD_TORCH_CHECK(linear_weight.size(dim - 1) == D, "fastlm::", op, ": linear_weight has shape ",
+                  shape_string(linear_weight), ", input ", shape_string(input));
+  std::vector<int64_t> logits;
+  if (input.dim() == 2) logits.push_back(input.size(0));
+  for (int64_t i = 0; i < dim - 1; ++i) logits.push_back(linear_weight.size(i));
+  Linear l{logits, fastlm::contiguous(input), fastlm::contiguous(linear_weight), {}, {}, {}, {}, dtype};
+  if (linear_bias) {
+    check_dtype(*linear_bias, input.scalar_type(), op, "linear_bias");
+    bool same = linear_bias->dim() == dim - 1;
+    for (int64_t i = 0; same && i < dim - 1; ++i) same = linear_bias->size(i) == linear_weight.size(i);
+    STD_TORCH_CHECK(same, "fastlm::", op, ": linear_bias has shape ", shape_string(*linear_bias));
+    l.linear_bias = fastlm::contiguous(*linear_bias);
+    l.params.linear_bias = l.linear_bias->const_data_ptr();
+  }
+  l.params.D = D;
+  l.params.input = l.input.const_data_ptr();
+  l.params.linear_weight = l.linear_weight.const_data_ptr();
+  return l;
+}
+
+// Runs the kernel; the gradients that were not asked for are empty.
+void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbias) {
+  LinearCrossEntropyParams& p = l.params;
+  const auto output = [&](const Tensor* like, void** data) {
+    if (!like) return fastlm::new_tensor({0}, loss.dtype);
+    Tensor t = torch::stable::empty_like(*like);
+    back_with_huge_pages(t);
+    *data = t.mutable_data_ptr();
+    return t;
+  };
+  l.dinput = output(dinput ? &l.input : nullptr, &p.dinput);
+  l.dlinear_weight = output(dweight ? &l.linear_weight : nullptr, &p.dlinear_weight);
+  l.dlinear_bias = output(dbias && l.linear_bias ? &*l.linear_bias : nullptr, &p.dlinear_bias);
+  p.pool = torch_pool();
+  p.N = loss.N;
+  p.C = loss.C;
+  p.S = loss.S;
+  p.token = loss.token;
+  const auto& table = kernels().linear_cross_entropy;
+  const Tensor scratch = fastlm::new_tensor({table.scratch_bytes[l.dtype](p)}, ScalarType::Byte);
+  back_with_huge_pages(scratch);
+  p.scratch = scratch.mutable_data_ptr();
+  table.run[l.dtype](p);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool full_precision,
+    bool input_gradient, bool weight_gradient, bool bias_gradient) {
+  const char* op = "linear_cross_entropy";
+  Linear linear = read_linear(op, input, linear_weight, linear_bias);
+  Loss l = read_loss(op, Ints(linear.logits.data(), linear.logits.size()), input.scalar_type(), target,
+                     weight, reduction, ignore_index, label_smoothing, z_loss, softcap);
+  STD_TORCH_CHECK(reduction != kNone || !(input_gradient || weight_gradient || bias_gradient),
+                  "fastlm::linear_cross_entropy: the upstream gradient is known for a scalar loss alone");
+  const std::vector<int64_t> shape = token_shape(Ints(linear.logits.data(), linear.logits.size()));
+  const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
+  l.token.loss = loss.mutable_data_ptr();
+  l.token.lse = lse.mutable_data_ptr();
+  l.token.lse_everywhere = true;
+  l.token.scale = reduction == kMean ? 1 / l.denominator : 1;
+  linear.params.forward = true;
+  run_linear(linear, l, input_gradient, weight_gradient, bias_gradient);
+  return {finish_loss(l, loss, full_precision), lse, *linear.dinput, *linear.dlinear_weight,
+          *linear.dlinear_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& dloss, const std::optional<Tensor>& dlse, const Tensor& input,
+    const Tensor& linear_weight, const Tensor& target, const std::optional<Tensor>& linear_bias,
+    const std::optional<Tensor>& weight, const Tensor& lse, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, double z_loss, double softcap, bool input_gradient, bool weight_gradient,
+    bool bias_gradient) {
+  const char* op = "linear_cross_entropy_backward";
+  Linear linear = read_linear(op, input, linear_weight, linear_bias);
+  Loss l = read_loss(op, Ints(linear.logits.data(), linear.logits.size()), input.scalar_type(), target,
+                     weight, reduction, ignore_index, label_smoothing, z_loss, softcap);
+  set_upstream(l, dloss, dlse);
+  const Tensor lse_rows = set_lse(l, lse);
+  run_linear(linear, l, input_gradient, weight_gradient, bias_gradient);
+  return {*linear.dinput, *linear.dlinear_weight, *linear.dlinear_bias};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward));
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
   void fill(AttentionKernels&);        \
   void fill(CrossEntropyKernels&);     \
   void fill(GruKernels&);              \
+  void fill(LinearCrossEntropyKernels&); \
   void fill(PeakKernels&);             \
   }
 FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
@@ -53,6 +54,7 @@ struct Registry {
   fastlm::name::fill(table[count].attention);    \
   fastlm::name::fill(table[count].cross_entropy);\
   fastlm::name::fill(table[count].gru);          \
+  fastlm::name::fill(table[count].linear_cross_entropy); \
   fastlm::name::fill(table[count].peak);         \
   ++count;
     FASTLM_FOR_EACH_ISA(FASTLM_FILL)

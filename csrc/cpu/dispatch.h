@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "gru.h"
 #include "kernels.h"
+#include "linear_cross_entropy.h"
 #include "peak.h"
 
 namespace fastlm {
@@ -14,6 +15,7 @@ struct Kernels {
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   GruKernels gru;
+  LinearCrossEntropyKernels linear_cross_entropy;
   PeakKernels peak;
 };
 

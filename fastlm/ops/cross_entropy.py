@@ -189,3 +189,165 @@ def cross_entropy(
     with _below_autograd():
         loss, lse, _ = _forward(input, target, weight, *options, return_lse, full_precision, False)
     return (loss, lse) if return_lse else loss
+
+
+# ---- linear_cross_entropy -----------------------------------------------------------------
+#
+# fastlm::linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ...)
+#         -> (loss, lse, dinput, dlinear_weight, dlinear_bias)
+#     input (D) or (N, D); linear_weight (C, D) or (C, d1, ..., D); linear_bias its shape without D;
+#     the rest as above for logits (C), (N, C) or (N, C, d1, ...), which never exist whole
+#     the gradients are for an upstream gradient of 1, each empty unless asked for
+# fastlm::linear_cross_entropy_backward(dloss, dlse, input, ..., lse, ...)
+#         -> (dinput, dlinear_weight, dlinear_bias), each empty unless wanted
+#
+# With the gradients in the forward, loss and gradients cost three matrix products; a backward from
+# lse recomputes the logits and costs a fourth.
+
+_linear_forward = torch.ops.fastlm.linear_cross_entropy.default
+_linear_backward_op = torch.ops.fastlm.linear_cross_entropy_backward.default
+_LINEAR_GRADIENTS = ("dinput", "dlinear_weight", "dlinear_bias")
+
+
+def _empty_gradients(tensors, wanted):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if w and t is not None
+        else tensors[0].new_empty(0)
+        for t, w in zip(tensors, wanted, strict=True)
+    )
+
+
+@torch.library.register_fake("fastlm::linear_cross_entropy")
+def _(
+    input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+    z_loss, softcap, full_precision, *wanted,
+):  # fmt: skip
+    shape = [*input.shape[:-1], *linear_weight.shape[1:-1]]
+    compute = compute_dtype(input.dtype)
+    loss = input.new_empty(
+        [] if reduction else shape, dtype=compute if full_precision else input.dtype
+    )
+    lse = input.new_empty(shape, dtype=compute)
+    return loss, lse, *_empty_gradients((input, linear_weight, linear_bias), wanted)
+
+
+@torch.library.register_fake("fastlm::linear_cross_entropy_backward")
+def _(
+    dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, reduction, ignore_index,
+    label_smoothing, z_loss, softcap, *wanted,
+):  # fmt: skip
+    return _empty_gradients((input, linear_weight, linear_bias), wanted)
+
+
+def _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, options):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse)
+    ctx.options = options
+
+
+def _linear_gradients(ctx, dloss, dlse, needed):
+    """Gradients to input, linear_weight and linear_bias, None for one not needed."""
+    if dloss is None and dlse is None:
+        return None, None, None
+    input, linear_weight, target, linear_bias, weight, lse = ctx.saved_tensors
+    reduction = ctx.options[0]
+    if torch.is_grad_enabled() or batched(dloss, dlse):
+        name, rest = REDUCTIONS[reduction], ctx.options[1:]
+        if dloss is not None:
+            dloss = dloss.to(compute_dtype(input.dtype))
+        return reference_backward(
+            lambda x, w, b: reference.linear_cross_entropy_formula(
+                x, w, target, b, weight, name, *rest
+            ),
+            (input, linear_weight, linear_bias), needed, (dloss, dlse),
+        )  # fmt: skip
+    if dloss is None:
+        dloss = lse.new_zeros([] if reduction else lse.shape)
+    grads = _linear_backward_op(
+        dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, *ctx.options, *needed
+    )
+    return [g if need else None for g, need in zip(grads, needed, strict=True)]
+
+
+def _linear_setup_context(ctx, inputs, output):
+    *tensors, _, _, _, _ = inputs
+    _save_linear(ctx, *tensors[:5], output[1], tensors[5:])
+
+
+def _linear_backward(ctx, dloss, dlse, *unused):
+    # The functions that call the operator under autograd never ask it for gradients.
+    x, w, _, b, *_ = ctx.needs_input_grad
+    dinput, dweight, dbias = _linear_gradients(ctx, dloss, dlse, (x, w, b))
+    return dinput, dweight, None, dbias, *[None] * 10
+
+
+torch.library.register_autograd(
+    "fastlm::linear_cross_entropy", _linear_backward, setup_context=_linear_setup_context
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The operator in eager mode: calls through torch.library cost tens of microseconds more."""
+
+    @staticmethod
+    def forward(
+        ctx, input, linear_weight, linear_bias, target, weight, return_lse, full_precision, fused,
+        options,
+    ):  # fmt: skip
+        ctx.needed = ctx.needs_input_grad[:3]
+        wanted = ctx.needed if fused else (False, False, False)
+        with _below_autograd():
+            loss, lse, *grads = _linear_forward(
+                input, linear_weight, target, linear_bias, weight, *options, full_precision, *wanted
+            )
+        _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, options)
+        ctx.fused = fused
+        for name, grad, need in zip(_LINEAR_GRADIENTS, grads, wanted, strict=True):
+            setattr(ctx, name, grad if need else None)
+        return (loss, lse) if return_lse else loss
+
+    @staticmethod
+    def backward(ctx, dloss, dlse=None):
+        if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
+            grads = scale_known_gradients(ctx, dloss, _LINEAR_GRADIENTS)
+        else:
+            grads = _linear_gradients(ctx, dloss, dlse, ctx.needed)
+        return *grads, None, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    return_lse: bool,
+    full_precision: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator with autograd, arguments checked and converted already."""
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    differentiated = torch.is_grad_enabled() and (
+        input.requires_grad
+        or linear_weight.requires_grad
+        or (linear_bias is not None and linear_bias.requires_grad)
+    )
+    if differentiated and not torch.compiler.is_compiling():
+        # float16: see cross_entropy.
+        fused = reduction != 0 and not return_lse and input.dtype != torch.float16
+        return _LinearCrossEntropy.apply(
+            input, linear_weight, linear_bias, target, weight, return_lse, full_precision, fused,
+            options,
+        )  # fmt: skip
+    arguments = (input, linear_weight, target, linear_bias, weight, *options, full_precision)
+    if torch.compiler.is_compiling():
+        loss, lse, *_ = _linear_forward(*arguments, False, False, False)
+    else:
+        with _below_autograd():
+            loss, lse, *_ = _linear_forward(*arguments, False, False, False)
+    return (loss, lse) if return_lse else loss
