@@ -43,4 +43,12 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "int ignore_index, float label_smoothing, float z_loss, float softcap, bool input_gradient, "
       "bool weight_gradient, bool bias_gradient) -> (Tensor dinput, Tensor dlinear_weight, "
       "Tensor dlinear_bias)");
+      "gru_layer(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor[] weights, bool has_biases, "
+      "bool layer_norm, Tensor? update, float zoneout, bool save) -> (Tensor output, Tensor hn, "
+      "Tensor gates, Tensor normed, Tensor rstd)");
+  m.def(
+      "gru_layer_backward(Tensor? grad_output, Tensor? grad_hn, Tensor input, Tensor? batch_sizes, "
+      "Tensor hx, Tensor[] weights, bool has_biases, bool layer_norm, Tensor? update, float zoneout, "
+      "Tensor output, Tensor gates, Tensor normed, Tensor rstd, bool input_wanted, "
+      "bool weights_wanted) -> (Tensor grad_input, Tensor grad_hx, Tensor[] grad_weights)");
 }

@@ -1,0 +1,293 @@
+// Forward of gru.h: input products, then the recurrence.
+#pragma once
+#include "gru_recurrence.h"
+
+namespace fastlm::FASTLM_ISA::gru {
+
+inline constexpr double kNormEps = 1e-5;
+
+// Scratch of a forward call. Panels u hold the three gates of units u * lanes ... .
+template <class F> struct ForwardSpace {
+  Division division;
+  int64_t blocks, ldh, ldraw;
+  F* weights;          // [D][blocks][H][3][lanes]
+  F* state;            // [D][2][B][ldh], h of the step before and of this one
+  F* products;         // [D][N][3H] x W + b, or null where these lie in the tensor of the gates
+  F* raw;              // [D][B][ldraw] h W in the order of the panels, for layer norm
+  F* bias;             // [D][2][3H + lanes]: b_ih + (b_hr, b_hz, 0), and b_hh for q alone
+  F* gain;             // [D][2][3H + lanes]
+  int64_t* lengths;    // [B]
+  int64_t* bounds;     // [tiles + 1]
+  Counter* counters;
+
+  ForwardSpace(const GruParams& p, bool share_gates, Arena& arena) {
+    blocks = ceil_div<int64_t>(p.H, kLanes<F>);
+    ldh = padded<F>(p.H);
+    ldraw = padded<F>(blocks * kPanel<F>);
+    division = divide(p, blocks);
+    const bool norm = p.weights[0].g_hh;
+    weights = arena.take<F>(p.D * blocks * p.H * kPanel<F>);
+    state = arena.take<F>(p.D * 2 * p.B * ldh);
+    products = arena.take<F>(share_gates ? 0 : p.D * p.N * 3 * p.H);
+    raw = arena.take<F>(norm ? p.D * p.B * ldraw : 0);
+    bias = arena.take<F>(p.D * 2 * (3 * p.H + kLanes<F>));
+    gain = arena.take<F>(norm ? p.D * 2 * (3 * p.H + kLanes<F>) : 0);
+    lengths = arena.take<int64_t>(p.B);
+    bounds = arena.take<int64_t>(division.tiles + 1);
+    counters = arena.take<Counter>(p.D * division.tiles * (division.parts + 1));
+  }
+};
+
+// The gates' memory takes x W + b first, and each value is overwritten by its gate.
+template <class S> FASTLM_INLINE bool shares_gates(const GruParams& p) {
+  return sizeof(S) == sizeof(compute_t<S>) && p.gates;
+}
+
+template <class S> int64_t forward_workspace(const GruParams& p) {
+  Arena arena{nullptr};
+  ForwardSpace<compute_t<S>>(p, shares_gates<S>(p), arena);
+  return arena.used;
+}
+
+// w[3H][H] to panels [blocks][H][3][lanes], zeros behind the last unit.
+template <class S> void pack_gates(const Pool& pool, int64_t H, const S* w, compute_t<S>* panels) {
+  using F = compute_t<S>;
+  constexpr int64_t kL = kLanes<F>;
+  parallel(pool, ceil_div(H, kL), 1, [&](int64_t begin, int64_t end) {
+    F* rows = static_cast<F*>(thread_scratch(kScratchPack, size_t(kL * H) * sizeof(F)));
+    for (int64_t u = begin; u < end; ++u) {
+      F* panel = panels + u * H * kPanel<F>;
+      const int64_t n = least(kL, H - u * kL);
+      if (n < kL) __builtin_memset(panel, 0, size_t(H * kPanel<F>) * sizeof(F));
+      for (int64_t g = 0; g < 3; ++g) {
+        const S* src = w + (g * H + u * kL) * H;
+        for (int64_t i = 0; i < n; ++i) convert_row(H, src + i * H, 1, rows + i * H);
+        transpose(n, H, rows, H, panel + g * kL, kPanel<F>);
+      }
+    }
+  });
+}
+
+template <class S> struct Forward {
+  using F = compute_t<S>;
+  static constexpr int64_t kL = kLanes<F>;
+  const GruParams& p;
+  const ForwardSpace<F>& space;
+  int64_t lanes3 = 3 * p.H + kL;  // of bias and gain
+  int64_t ldx = shares_gates<S>(p) ? 4 * p.H : 3 * p.H;
+
+  F* state(int64_t d, int64_t s) const { return space.state + (d * 2 + (s & 1)) * p.B * space.ldh; }
+  F* bias(int64_t d, int which) const { return space.bias + (d * 2 + which) * lanes3; }
+  F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * lanes3; }
+  S* gates(int64_t d) const { return static_cast<S*>(p.gates) + d * p.N * 4 * p.H; }
+  F* products(int64_t d) const {
+    if (shares_gates<S>(p)) return reinterpret_cast<F*>(gates(d));
+    return space.products + d * p.N * 3 * p.H;
+  }
+  S* normed(int64_t d) const { return static_cast<S*>(p.normed) + d * p.N * 6 * p.H; }
+  F* rstd(int64_t d) const { return static_cast<F*>(p.rstd) + d * p.N * 2; }
+  bool norm() const { return p.weights[0].g_hh; }
+  // The time step that the direction d takes as its s-th.
+  int64_t time(int64_t d, int64_t s) const { return d ? p.T - 1 - s : s; }
+
+  void prepare(int64_t d) const;
+  void input_products(int64_t d) const;
+  void begin_states(int64_t d) const;
+  void end_states(int64_t d) const;
+  void step(int64_t d, int64_t tile, int64_t part, int64_t s) const;
+  void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
+  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc,
+                  const F* h, F* next) const;
+  void run() const;
+};
+
+template <class S> void Forward<S>::prepare(int64_t d) const {
+  const GruWeights& w = p.weights[d];
+  const int64_t H = p.H;
+  pack_gates(p.pool, H, static_cast<const S*>(w.w_hh),
+             space.weights + d * space.blocks * H * kPanel<F>);
+  F *in = bias(d, 0), *hidden = bias(d, 1);
+  widen(3 * H, static_cast<const S*>(w.b_ih), in);
+  widen(3 * H, static_cast<const S*>(w.b_hh), hidden);
+  for (int64_t i = 0; i < 2 * H; ++i) in[i] += hidden[i];
+  if (norm()) {
+    widen(3 * H, static_cast<const S*>(w.g_ih), gain(d, 0));
+    widen(3 * H, static_cast<const S*>(w.g_hh), gain(d, 1));
+  }
+}
+
+// x W + b for all rows; with layer norm, a second pass normalises each row.
+template <class S> void Forward<S>::input_products(int64_t d) const {
+  const int64_t H = p.H;
+  Gemm<S, S, F> g{p.N, 3 * H, p.I, static_cast<const S*>(p.x), p.I, 1,
+                  static_cast<const S*>(p.weights[d].w_ih), 1, p.I, products(d), ldx};
+  if (!norm()) g.bias = bias(d, 0);
+  gemm(p.pool, g);
+  if (!norm()) return;
+  parallel(p.pool, p.N, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      F* y = products(d) + row * ldx;
+      Vec<F> sum{}, squares{};
+      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) { sum += get<F>(y + i, w); });
+      const F mean = reduce_add(sum) / F(3 * H);
+      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) {
+        const Vec<F> v = select(first_lanes<F>(w), get<F>(y + i, w) - splat(mean), Vec<F>{});
+        squares = fma(v, v, squares);
+      });
+      const F scale = F(1) / F(__builtin_sqrt(reduce_add(squares) / F(3 * H) + F(kNormEps)));
+      if (p.rstd) rstd(d)[row * 2] = scale;
+      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) {
+        const Vec<F> v = (get<F>(y + i, w) - splat(mean)) * splat(scale);
+        if (p.normed) put<F>(normed(d) + row * 6 * H + i, v, w);
+        put<F>(y + i, fma(v, get<F>(gain(d, 0) + i, w), get<F>(bias(d, 0) + i, w)), w);
+      });
+    }
+  });
+}
+
+// The buffer that a sequence's first step reads depends on when it begins: backwards in time the
+// shorter sequences join later.
+template <class S> void Forward<S>::begin_states(int64_t d) const {
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t first = d ? p.T - space.lengths[b] : 0;
+    F* h = state(d, first) + b * space.ldh;
+    convert_row(p.H, static_cast<const S*>(p.h0) + (d * p.B + b) * p.H, 1, h);
+    for (int64_t i = p.H; i < space.ldh; ++i) h[i] = F(0);
+  }
+}
+
+template <class S> void Forward<S>::end_states(int64_t d) const {
+  for (int64_t b = 0; b < p.B; ++b) {
+    const F* h = state(d, d ? p.T : space.lengths[b]) + b * space.ldh;
+    S* hn = static_cast<S*>(p.hn) + (d * p.B + b) * p.H;
+    each_vector<F>(0, p.H, [&](int64_t i, int64_t w) { put<F>(hn + i, get<F>(h + i, w), w); });
+  }
+}
+
+// Units of panel u for `rows` rows from `row` on: c[rows][3 lanes] (leading dimension ldc) is h W.
+template <class S>
+void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc,
+                            const F* h, F* next) const {
+  const int64_t H = p.H, i = u * kL, ldout = p.D * H;
+  const F* x = products(d) + row * ldx + i;
+  S* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
+  S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
+  const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H + i : nullptr;
+  const bool zoneout = p.update || p.zoneout != 0;
+  const auto visit = [&](int64_t w) {
+    const Vec<F> bias_q = get<F>(bias(d, 1) + 2 * H + i, w);
+    for (int64_t m = 0; m < rows; ++m) {
+      const F *xm = x + m * ldx, *cm = c + m * ldc;
+      const Vec<F> r = sigmoid(get<F>(xm, w) + load(cm));
+      const Vec<F> z = sigmoid(get<F>(xm + H, w) + load(cm + kL));
+      const Vec<F> q = load(cm + 2 * kL) + bias_q;
+      const Vec<F> n = tanh(fma(r, q, get<F>(xm + 2 * H, w)));
+      Vec<F> keep = z;
+      if (zoneout) {
+        const Vec<F> u = update ? get<F>(update + m * ldout, w) : splat(F(1 - p.zoneout));
+        keep = splat(F(1)) - u * (splat(F(1)) - z);
+      }
+      const Vec<F> hidden = fma(keep, load(h + m * space.ldh + i) - n, n);
+      store(next + m * space.ldh + i, hidden);
+      put<F>(out + m * ldout, hidden, w);
+      if (gate) {
+        S* g = gate + m * 4 * H;
+        put<F>(g, r, w);
+        put<F>(g + H, z, w);
+        put<F>(g + 2 * H, n, w);
+        put<F>(g + 3 * H, q, w);
+      }
+    }
+  };
+  if (H - i >= kL) visit(kL);
+  else visit(H - i);
+}
+
+// One step of one tile of sequences, for one part of the units.
+template <class S>
+void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
+  const int64_t t = time(d, s), b = space.bounds[tile];
+  const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
+  if (rows <= 0) return;
+  const int64_t parts = space.division.parts, blocks = space.blocks;
+  const F* h = state(d, s) + b * space.ldh;
+  F* next = state(d, s + 1) + b * space.ldh;
+  panel_products(rows, p.H, h, space.ldh, space.weights + d * blocks * p.H * kPanel<F>,
+                 blocks * part / parts, blocks * (part + 1) / parts, [&](int64_t u, const F* c) {
+                   make_gates(d, p.offsets[t] + b, rows, u, c, kPanel<F>, h, next);
+                 });
+}
+
+// With layer norm a step has two phases: products, then norms and gates. Every part forms the mean and
+// the variance of whole rows for itself, which costs less than to wait for another part's.
+template <class S>
+void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const {
+  const int64_t s = phase / 2, t = time(d, s), b = space.bounds[tile], H = p.H;
+  const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
+  if (rows <= 0) return;
+  const int64_t parts = space.division.parts, blocks = space.blocks, ldraw = space.ldraw;
+  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  const F* h = state(d, s) + b * space.ldh;
+  F* raw = space.raw + (d * p.B + b) * ldraw;
+  if (phase % 2 == 0) {
+    panel_products(rows, H, h, space.ldh, space.weights + d * blocks * H * kPanel<F>, first, last,
+                   [&](int64_t u, const F* c) {
+                     for (int64_t m = 0; m < rows; ++m)
+                       __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>,
+                                        size_t(kPanel<F>) * sizeof(F));
+                   });
+    return;
+  }
+  const int64_t row = p.offsets[t] + b;
+  for (int64_t m = 0; m < rows; ++m) {
+    const F* y = raw + m * ldraw;
+    Vec<F> sum{}, squares{};  // padding holds zeros
+    for (int64_t i = 0; i < blocks * kPanel<F>; i += kL) sum += load(y + i);
+    const F mean = reduce_add(sum) / F(3 * H);
+    for (int64_t u = 0; u < blocks; ++u) {
+      const mask_t<Vec<F>> used = first_lanes<F>(least(kL, H - u * kL));
+      for (int64_t g = 0; g < 3; ++g) {
+        const Vec<F> v = select(used, load(y + u * kPanel<F> + g * kL) - splat(mean), Vec<F>{});
+        squares = fma(v, v, squares);
+      }
+    }
+    const F scale = F(1) / F(__builtin_sqrt(reduce_add(squares) / F(3 * H) + F(kNormEps)));
+    if (p.rstd && part == 0) rstd(d)[(row + m) * 2 + 1] = scale;
+    F c[kPanel<F>];
+    for (int64_t u = first; u < last; ++u) {
+      const int64_t i = u * kL, w = least(kL, H - i);
+      for (int64_t g = 0; g < 3; ++g) {
+        const Vec<F> v = (load(y + u * kPanel<F> + g * kL) - splat(mean)) * splat(scale);
+        if (p.normed) put<F>(normed(d) + (row + m) * 6 * H + (3 + g) * H + i, v, w);
+        store(c + g * kL, v * get<F>(gain(d, 1) + g * H + i, w));
+      }
+      make_gates(d, row + m, 1, u, c, kPanel<F>, h + m * space.ldh,
+                 state(d, s + 1) + (b + m) * space.ldh);
+    }
+  }
+}
+
+template <class S> void Forward<S>::run() const {
+  sequence_lengths(p, space.lengths);
+  cut_tiles(p, space.division.tiles, space.bounds);
+  for (int64_t d = 0; d < p.D; ++d) {
+    prepare(d);
+    begin_states(d);
+    input_products(d);
+  }
+  const int64_t tiles = space.division.tiles;
+  lockstep(p.pool, p.D * tiles, space.division.parts, norm() ? 2 * p.T : p.T, space.counters,
+           [&](int64_t group, int64_t part, int64_t phase) {
+             if (norm()) step_normed(group / tiles, group % tiles, part, phase);
+             else step(group / tiles, group % tiles, part, phase);
+           });
+  for (int64_t d = 0; d < p.D; ++d) end_states(d);
+}
+
+template <class S> void forward(const GruParams& p) {
+  Arena arena{static_cast<char*>(p.workspace)};
+  const ForwardSpace<compute_t<S>> space(p, shares_gates<S>(p), arena);
+  Forward<S>{p, space}.run();
+}
+
+}  // namespace fastlm::FASTLM_ISA::gru

@@ -1,0 +1,205 @@
+// What both directions in time of a GRU share: how the recurrence is divided among threads, and the
+// product of a few rows with packed weights.
+//
+// A group is a tile of sequences in one direction; groups never wait for each other. Where there are
+// fewer groups than threads, the hidden units of a group are divided into parts, which walk through
+// time in lockstep. Each element is summed in the same order however the work is divided.
+#pragma once
+#include <sched.h>
+
+#include "gemm.h"
+
+namespace fastlm::FASTLM_ISA::gru {
+
+inline constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Carves a workspace; with a null base it only measures.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class E> E* take(int64_t n) {
+    used = round_up<int64_t>(used, kLine);
+    E* p = base ? reinterpret_cast<E*>(base + used) : nullptr;
+    used += n * int64_t(sizeof(E));
+    return p;
+  }
+};
+
+// Leading dimension of scratch rows: a line more than the row, so that rows of a power of two don't
+// all fall into the same sets of the cache.
+template <class F> FASTLM_INLINE int64_t padded(int64_t n) {
+  return round_up<int64_t>(n, kLine / sizeof(F)) + kLine / int64_t(sizeof(F));
+}
+
+// ---- division of the work ----
+
+struct Division {
+  int64_t tiles;   // of sequences, per direction
+  int64_t parts;   // of hidden units, per tile
+};
+
+// Below this many multiply-adds a step is too short to be worth the wait for other threads.
+inline constexpr int64_t kSplitWork = 32 * 1024;
+
+FASTLM_INLINE Division divide(const GruParams& p, int64_t blocks) {
+  const int64_t threads = greatest<int64_t>(p.pool.threads, 1);
+  Division d;
+  d.tiles = greatest<int64_t>(least(ceil_div(threads, p.D), ceil_div<int64_t>(p.B, kMR)), 1);
+  const int64_t groups = p.D * d.tiles;
+  const int64_t work = ceil_div(p.B, d.tiles) * 3 * p.H * p.H;
+  d.parts = least(least(ceil_div(threads, groups), blocks), work / kSplitWork);
+  d.parts = greatest<int64_t>(d.parts, 1);
+  return d;
+}
+
+FASTLM_INLINE int64_t active(const GruParams& p, int64_t t) { return p.offsets[t + 1] - p.offsets[t]; }
+
+// bounds[0 ... tiles]: tiles of sequences, whole micro-tiles each, with about as many rows each.
+inline void cut_tiles(const GruParams& p, int64_t tiles, int64_t* bounds) {
+  bounds[0] = 0;
+  int64_t b = 0;
+  for (int64_t i = 1; i < tiles; ++i) {
+    const int64_t target = p.N * i / tiles;
+    for (int64_t rows = 0; b < p.B; b += kMR) {
+      rows = 0;
+      for (int64_t t = 0; t < p.T; ++t) rows += least(active(p, t), b);
+      if (rows >= target) break;
+    }
+    bounds[i] = least(b, p.B);
+  }
+  bounds[tiles] = p.B;
+}
+
+struct alignas(kLine) Counter { int64_t n; };
+
+FASTLM_INLINE void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// f(group, part, phase) for every phase of every group, a phase of a group only after all parts of the
+// one before. A part that nobody has begun is taken over by whoever waits for it, so this ends with any
+// number of threads at work, and one that is late does not hold up the others.
+template <class F>
+inline void lockstep(const Pool& pool, int64_t groups, int64_t parts, int64_t phases,
+                     Counter* counters, const F& f) {
+  const int64_t stride = parts + 1;  // counters of a group: parts that are done, phase of each part
+  for (int64_t i = 0; i < groups * stride; ++i) counters[i].n = 0;
+  parallel(pool, groups * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / parts, own = i % parts;
+      int64_t* done = &counters[group * stride].n;
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        if (parts == 1) {
+          f(group, 0, phase);
+          continue;
+        }
+        for (int64_t j = 0; j < parts; ++j) {
+          const int64_t part = (own + j) % parts;
+          int64_t* begun = &counters[group * stride + 1 + part].n;
+          int64_t expected = phase;
+          if (__atomic_load_n(begun, __ATOMIC_RELAXED) != phase ||
+              !__atomic_compare_exchange_n(begun, &expected, phase + 1, false, __ATOMIC_RELAXED,
+                                           __ATOMIC_RELAXED))
+            continue;
+          f(group, part, phase);
+          __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+        }
+        for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < (phase + 1) * parts; ++spins) {
+          relax();
+          if (spins > 4096) sched_yield();
+        }
+      }
+    }
+  });
+}
+
+// ---- products with packed weights ----
+
+// A panel holds 3 vectors of columns for each k: [K][3][lanes]. In the forward these are the three
+// gates of one vector of units, in the backward three adjacent vectors of units.
+template <class F> inline constexpr int64_t kPanel = kNV * kLanes<F>;
+template <class F> inline constexpr int64_t kDepth = 24 * 1024 / (kPanel<F> * int64_t(sizeof(F)));
+
+// One row times kPanels panels: enough independent sums to hide the latency of the multiply-adds.
+template <class F, int kPanels>
+inline __attribute__((noinline)) void row_products(int64_t K, const F* a, const F* panel, F* c) {
+  Vec<F> acc[kPanels][kNV] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<F> x = splat(a[k]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kPanels; ++i)
+#pragma GCC unroll 3
+      for (int v = 0; v < kNV; ++v)
+        acc[i][v] = fma(x, load(panel + (i * K + k) * kPanel<F> + v * kLanes<F>), acc[i][v]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kPanels; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kNV; ++v) store(c + i * kPanel<F> + v * kLanes<F>, acc[i][v]);
+}
+
+// c[rows][3 lanes] = a[rows][K] times each panel in [first, last), handed to f(panel, c).
+template <class F, class Visit>
+FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const F* a, int64_t lda, const F* panels,
+                                  int64_t first, int64_t last, const Visit& f) {
+  using Mul = Float<F>;
+  F* c = static_cast<F*>(
+      thread_scratch(kScratchKernel, size_t(greatest<int64_t>(rows, kMR) * kPanel<F>) * sizeof(F)));
+  if (rows == 1) {
+    int64_t i = first;
+    for (; i + kMR <= last; i += kMR) {
+      row_products<F, kMR>(K, a, panels + i * K * kPanel<F>, c);
+      for (int64_t j = 0; j < kMR; ++j) f(i + j, c + j * kPanel<F>);
+    }
+    for (; i < last; ++i) {
+      row_products<F, 1>(K, a, panels + i * K * kPanel<F>, c);
+      f(i, c);
+    }
+    return;
+  }
+  for (int64_t i = first; i < last; ++i) {
+    const F* panel = panels + i * K * kPanel<F>;
+    const int64_t depth = rows > kMR ? kDepth<F> : K;  // in the first-level cache while it is reused
+    matmul<Mul, kRowMajor, kOverwrite>(rows, kPanel<F>, least(K, depth), a, lda, panel, kPanel<F>, c,
+                                       kPanel<F>);
+    for (int64_t k = depth; k < K; k += depth)
+      matmul<Mul, kRowMajor, kAccumulate>(rows, kPanel<F>, least(K - k, depth), a + k, lda,
+                                          panel + k * kPanel<F>, kPanel<F>, c, kPanel<F>);
+    f(i, c);
+  }
+}
+
+// Gains, biases: n storage elements at src (null: zeros) to dst.
+template <class F, class S> inline void widen(int64_t n, const S* src, F* dst) {
+  if (src) convert_row(n, src, 1, dst);
+  else __builtin_memset(dst, 0, size_t(n) * sizeof(F));
+}
+
+// Loads and stores of a vector of which the first w lanes are in use. In loops over whole vectors w is
+// the constant kLanes, and the choice falls away.
+template <class F, class S> FASTLM_INLINE Vec<F> get(const S* p, int64_t w) {
+  return w == kLanes<F> ? load<F>(p) : load<F>(p, w);
+}
+template <class F, class S> FASTLM_INLINE void put(S* p, Vec<F> v, int64_t w) {
+  if (w == kLanes<F>) store(p, v);
+  else store(p, v, w);
+}
+
+// Vectors of a row between two offsets: f(offset, lanes in use).
+template <class F, class Visit>
+FASTLM_INLINE void each_vector(int64_t begin, int64_t end, const Visit& f) {
+  int64_t i = begin;
+  for (; i + kLanes<F> <= end; i += kLanes<F>) f(i, int64_t(kLanes<F>));
+  if (i < end) f(i, end - i);
+}
+
+inline void sequence_lengths(const GruParams& p, int64_t* lengths) {
+  for (int64_t t = 0; t < p.T; ++t)
+    for (int64_t b = t + 1 < p.T ? active(p, t + 1) : 0; b < active(p, t); ++b) lengths[b] = t + 1;
+}
+
+}  // namespace fastlm::FASTLM_ISA::gru
