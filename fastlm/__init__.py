@@ -3,6 +3,8 @@
 from fastlm import nn
 from fastlm.functional import (
     cross_entropy,
+    gru,
+    gru_cell,
     linear_cross_entropy,
     scaled_dot_product_attention,
     varlen_attn,
@@ -12,6 +14,8 @@ from fastlm.ops import use_backend
 __version__ = "0.1.0"
 __all__ = [
     "cross_entropy",
+    "gru",
+    "gru_cell",
     "linear_cross_entropy",
     "nn",
     "scaled_dot_product_attention",

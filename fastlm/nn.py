@@ -3,10 +3,12 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter, init
+from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import functional
 
-__all__ = ["MultiheadAttention"]
+__all__ = ["GRU", "GRUCell", "MultiheadAttention"]
 
 # ---- MultiheadAttention -------------------------------------------------------------------
 
@@ -195,3 +197,168 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+# ---- gru ----------------------------------------------------------------------------------
+
+
+def _gru_repr(module, text: str) -> str:
+    for name in ("zoneout", "recurrent_dropout", "layer_norm"):
+        if getattr(module, name):
+            text += f", {name}={getattr(module, name)}"
+    return text
+
+
+class GRU(torch.nn.RNNBase):
+    """:class:`torch.nn.GRU`, run by :func:`fastlm.functional.gru`: forward and backward are fused, and it
+    can be compiled with ``torch.compile(fullgraph=True)`` and exported.
+
+    Constructor, attributes, ``state_dict`` and ``repr`` are those of :class:`torch.nn.GRU`, and a
+    checkpoint of either loads into the other. It derives from :class:`torch.nn.RNNBase` and not from
+    :class:`torch.nn.GRU`, because torch.compile refuses every instance of the latter.
+
+    Args beyond those of :class:`torch.nn.GRU` (keyword only):
+        zoneout (float): probability that a unit keeps its state at a step.
+        recurrent_dropout (float): dropped share of the recurrent weights, drawn once per call.
+        layer_norm (bool): layer norms in the gates, with gains ``norm_ih_l[k]`` and ``norm_hh_l[k]``
+            (and ``..._reverse``) of shape ``(3 * hidden_size)`` that start at 1.
+
+    Inputs and outputs are those of :class:`torch.nn.GRU`, packed sequences included.
+    """
+
+    def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        self._norm_names: list[str] = []
+        super().__init__("GRU", *args, **kwargs)
+        self.zoneout = functional._check_probability("nn.GRU", "zoneout", zoneout)
+        self.recurrent_dropout = functional._check_probability(
+            "nn.GRU", "recurrent_dropout", recurrent_dropout
+        )
+        self.layer_norm = bool(layer_norm)
+        if not self.layer_norm:
+            return
+        like = self.weight_hh_l0
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]:
+                for kind in ("ih", "hh"):
+                    name = f"norm_{kind}_l{layer}{suffix}"
+                    gain = torch.ones(3 * self.hidden_size, dtype=like.dtype, device=like.device)
+                    setattr(self, name, Parameter(gain))
+                    self._norm_names.append(name)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in self._norm_names:
+            init.ones_(getattr(self, name))
+
+    def extra_repr(self) -> str:
+        return _gru_repr(self, super().extra_repr())
+
+    def check_forward_args(self, input: Tensor, hidden: Tensor, batch_sizes: Tensor | None) -> None:
+        """As torch's, without reading the batch sizes: :func:`fastlm.functional.gru` checks these."""
+        self.check_input(input, batch_sizes)
+        if batch_sizes is None:
+            self.check_hidden_size(hidden, self.get_expected_hidden_size(input, None))
+
+    def _start(self, data: Tensor, batch: int) -> Tensor:
+        D = 2 if self.bidirectional else 1
+        return torch.zeros(
+            self.num_layers * D, batch, self.hidden_size, dtype=data.dtype, device=data.device
+        )
+
+    def _run(self, *data_and_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+        # Looked up by name: right under functional_call, parametrizations and torch.compile.
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        gains = [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
+        return functional.gru(
+            *data_and_states, weights, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, **kwargs, zoneout=self.zoneout,
+            recurrent_dropout=self.recurrent_dropout, layer_norm=gains,
+        )  # fmt: skip
+
+    def forward(self, input, hx=None):
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None and hx.dim() != input.dim():
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            also = "also be 3-D" if batched else "also be 2-D"
+            raise RuntimeError(f"For {kind} input, hx should {also} but got {hx.dim()}-D tensor")
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            hx = hx.unsqueeze(1) if hx is not None else None
+        if hx is None:
+            hx = self._start(input, input.shape[batch_dim])
+        self.check_forward_args(input, hx, None)
+        output, hn = self._run(input, hx, batch_first=self.batch_first)
+        if not batched:
+            output, hn = output.squeeze(batch_dim), hn.squeeze(1)
+        return output, hn
+
+    def _forward_packed(self, input: PackedSequence, hx: Tensor | None):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            # Under torch.compile the values of batch_sizes are not known, the shape of the indices is.
+            batch = batch_sizes[0].item() if sorted_indices is None else sorted_indices.shape[0]
+            hx = self._start(data, batch)
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(data, hx, batch_sizes)
+        output, hn = self._run(data, batch_sizes, hx)
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, self.permute_hidden(hn, unsorted_indices)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """:class:`torch.nn.GRUCell`, run by :func:`fastlm.functional.gru_cell`.
+
+    Args beyond those of :class:`torch.nn.GRUCell` (keyword only):
+        zoneout (float): probability that a unit keeps its state.
+        recurrent_dropout (float): dropped share of the recurrent weights, drawn at every call.
+        layer_norm (bool): layer norms in the gates, with gains ``norm_ih`` and ``norm_hh``.
+    """
+
+    __constants__ = [*torch.nn.GRUCell.__constants__, "zoneout", "recurrent_dropout", "layer_norm"]
+
+    def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.zoneout = functional._check_probability("nn.GRUCell", "zoneout", zoneout)
+        self.recurrent_dropout = functional._check_probability(
+            "nn.GRUCell", "recurrent_dropout", recurrent_dropout
+        )
+        self.layer_norm = bool(layer_norm)
+        if self.layer_norm:
+            like = self.weight_hh
+            for name in ("norm_ih", "norm_hh"):
+                gain = torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
+                setattr(self, name, Parameter(gain))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in ("norm_ih", "norm_hh"):
+            if hasattr(self, name):
+                init.ones_(getattr(self, name))
+
+    def extra_repr(self) -> str:
+        return _gru_repr(self, super().extra_repr())
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        for name, x in (("input", input), ("hidden", hx)):
+            if x is not None and x.dim() not in (1, 2):
+                raise ValueError(f"GRUCell: Expected {name} to be 1D or 2D, got {x.dim()}D instead")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            hx = hx.unsqueeze(0) if hx is not None else None
+        if hx is None:
+            hx = input.new_zeros(input.shape[0], self.hidden_size)
+        gains = (self.norm_ih, self.norm_hh) if self.layer_norm else None
+        output = functional.gru_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
+            zoneout=self.zoneout, recurrent_dropout=self.recurrent_dropout, layer_norm=gains,
+            training=self.training,
+        )  # fmt: skip
+        return output if batched else output.squeeze(0)

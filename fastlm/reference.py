@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -203,6 +204,161 @@ def varlen_attn(
     if return_aux is not None and return_aux.lse:
         return out, lse
     return out
+
+
+# ---- gru ----------------------------------------------------------------------------------
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel computes in: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _gru_step(x: Tensor, h: Tensor, w_hh, b_hh, g_hh, update: Tensor | float) -> Tensor:
+    """The state after one step: x is the input's share of the gates (B, 3H), h the state (B, H)."""
+    y = h @ w_hh.t()
+    if g_hh is not None:
+        y = F.layer_norm(y, y.shape[-1:], g_hh)
+    if b_hh is not None:
+        y = y + b_hh
+    xr, xz, xn = x.chunk(3, -1)
+    yr, yz, yn = y.chunk(3, -1)
+    r = torch.sigmoid(xr + yr)
+    z = torch.sigmoid(xz + yz)
+    n = torch.tanh(xn + r * yn)
+    if isinstance(update, float) and update == 1.0:
+        return n + z * (h - n)
+    return n + (1 - update * (1 - z)) * (h - n)
+
+
+def gru_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    weights: list[Tensor],
+    has_biases: bool,
+    layer_norm: bool,
+    update: Tensor | None,
+    zoneout: float,
+) -> tuple[Tensor, Tensor]:
+    """One layer of a GRU in one or both directions (the arguments are those of fastlm.ops.gru)::
+
+        r  = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z  = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n  = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+        h' = n + k (h - n),  k = 1 - u (1 - z)
+
+    u = 1 without zoneout. With layer norm, W_i x and W_h h are normalised over their 3H values, and
+    scaled by a gain, before the biases are added.
+    """
+    dtype, compute = input.dtype, compute_dtype(input.dtype)
+    D, B, H = hx.shape
+    rows = input.shape[:-1]
+    sizes = [B] * input.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    x = input.to(compute).flatten(0, -2)
+    weights = [w.to(compute) for w in weights]
+    per_direction = len(weights) // D
+    updates = None if update is None else update.to(compute).reshape(-1, D, H)
+
+    outputs, finals = [], []
+    for d in range(D):
+        w_ih, w_hh, *rest = weights[d * per_direction : (d + 1) * per_direction]
+        b_ih, b_hh = rest[:2] if has_biases else (None, None)
+        g_ih, g_hh = rest[-2:] if layer_norm else (None, None)
+        gates = x @ w_ih.t()
+        if g_ih is not None:
+            gates = F.layer_norm(gates, gates.shape[-1:], g_ih)
+        if b_ih is not None:
+            gates = gates + b_ih
+        steps = gates.split(sizes)
+        kept = [1.0 - zoneout] * len(sizes) if updates is None else updates[:, d].split(sizes)
+        h0 = hx[d].to(compute)
+        h = h0[: sizes[-1]] if d else h0
+        states, ended = [], []
+        for t in reversed(range(len(sizes))) if d else range(len(sizes)):
+            if sizes[t] > h.shape[0]:  # backwards in time: sequences that end here begin
+                h = torch.cat([h, h0[h.shape[0] : sizes[t]]])
+            elif sizes[t] < h.shape[0]:
+                ended.append(h[sizes[t] :])
+                h = h[: sizes[t]]
+            h = _gru_step(steps[t], h, w_hh, b_hh, g_hh, kept[t])
+            states.append(h)
+        outputs.append(torch.cat(states[::-1] if d else states))
+        finals.append(torch.cat([h, *reversed(ended)]))
+    output = torch.cat(outputs, -1) if D > 1 else outputs[0]
+    return output.reshape(*rows, D * H).to(dtype), torch.stack(finals).to(dtype)
+
+
+def gru_stack(
+    layer, input, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional,
+    zoneout, recurrent_dropout, layer_norm,
+):  # fmt: skip
+    """The layers of a GRU, each computed by `layer` (this module's gru_layer or the kernels'), with
+    what is drawn at random: in each layer the dropped weights, then zoneout, then dropout. Dropout
+    draws as in torch, so a seed gives the masks of torch.nn.GRU."""
+    D = 2 if bidirectional else 1
+    count = 4 if has_biases else 2
+    finals = []
+    for index in range(num_layers):
+        weights = []
+        for d in range(index * D, (index + 1) * D):
+            w_ih, w_hh, *biases = params[d * count : (d + 1) * count]
+            if train and recurrent_dropout > 0:
+                w_hh = F.dropout(w_hh, recurrent_dropout)
+            gains = layer_norm[2 * d : 2 * d + 2] if layer_norm is not None else ()
+            weights += [w_ih, w_hh, *biases, *gains]
+        update, kept = None, zoneout
+        if train and zoneout > 0:
+            size = (input.shape[:-1].numel(), D * hx.shape[-1])
+            update = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1 - zoneout)
+            kept = 0.0
+        input, hn = layer(
+            input, batch_sizes, hx[index * D : (index + 1) * D], weights, has_biases,
+            layer_norm is not None, update, kept,
+        )  # fmt: skip
+        finals.append(hn)
+        if dropout > 0 and train and index + 1 < num_layers:
+            input = F.dropout(input, dropout)
+    return input, finals[0] if num_layers == 1 else torch.cat(finals)
+
+
+def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None):
+    """fastlm.gru: the overload with batch_sizes has hx, not a list of weights, in the third place."""
+    batch_sizes, batch_first = None, False
+    if isinstance(args[2], Tensor):
+        data, batch_sizes, *rest = args
+    else:
+        data, *rest, batch_first = args
+    if batch_first:
+        data = data.transpose(0, 1)
+    output, hn = gru_stack(
+        gru_layer, data, batch_sizes, *rest, zoneout, recurrent_dropout, layer_norm
+    )
+    return output.transpose(0, 1) if batch_first else output, hn
+
+
+def gru_cell(
+    input, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, zoneout=0.0, recurrent_dropout=0.0,
+    layer_norm=None, training=True,
+):  # fmt: skip
+    """fastlm.gru_cell: one step of gru."""
+    return gru_cell_stack(
+        gru_layer, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout, recurrent_dropout, layer_norm, training
+    )
+
+
+def gru_cell_stack(
+    layer, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout, recurrent_dropout, layer_norm, training
+):
+    """A cell as a GRU of one layer and one step."""
+    biases = [] if b_ih is None and b_hh is None else [
+        b if b is not None else w_ih.new_zeros(w_ih.shape[0]) for b in (b_ih, b_hh)
+    ]  # fmt: skip
+    output, _ = gru_stack(
+        layer, input.unsqueeze(0), None, hx.unsqueeze(0), [w_ih, w_hh, *biases], bool(biases), 1, 0.0,
+        training, False, zoneout, recurrent_dropout, layer_norm,
+    )  # fmt: skip
+    return output.squeeze(0)
 
 
 # ---- cross_entropy ------------------------------------------------------------------------

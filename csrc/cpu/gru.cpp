@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_layer(
   Tensor hn = new_tensor({p.D, p.B, p.H}, s);
   const bool norms = save && layer_norm;
   Tensor gates = new_tensor({save ? p.D : 0, p.N, 4 * p.H}, s);
-  Tensor normed = new_tensor({norms ? p.D : 0, p.N, 6 * p.H}, s);
+  Tensor normed = new_tensor({norms ? p.D : 0, p.N, 6 * p.H}, compute_type(s));
   Tensor rstd = new_tensor({norms ? p.D : 0, p.N, 2}, compute_type(s));
   p.out = out.mutable_data_ptr();
   p.hn = hn.mutable_data_ptr();
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_layer_backward(
   if (dout) same(*dout, rows * p.H, s, "grad_output");
   if (dhn) same(*dhn, p.D * p.B * p.H, s, "grad_hn");
   if (layer_norm) {
-    same(norms, rows * 6 * p.H, s, "normed");
+    same(norms, rows * 6 * p.H, compute_type(s), "normed");
     same(scales, rows * 2, compute_type(s), "rstd");
   }
   p.out = const_cast<void*>(data(out));

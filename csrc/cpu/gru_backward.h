@@ -76,8 +76,8 @@ template <class S> void pack_units(const Pool& pool, int64_t H, const S* w, comp
 // sums[n] = sum over rows of a[row][n], or of a[row][n] * b[row][n] where b is given: in blocks of rows,
 // so that the error grows with the root of the number of rows at most.
 template <class S>
-void column_sums(const Pool& pool, int64_t rows, int64_t n, const S* a, int64_t lda, const S* b,
-                 int64_t ldb, S* sums) {
+void column_sums(const Pool& pool, int64_t rows, int64_t n, const S* a, int64_t lda,
+                 const compute_t<S>* b, int64_t ldb, S* sums) {
   using F = compute_t<S>;
   constexpr int64_t kRows = 64;
   parallel(pool, ceil_div<int64_t>(n, kLanes<F>), 4, [&](int64_t begin, int64_t end) {
@@ -112,7 +112,7 @@ template <class S> struct Backward {
   }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * (3 * p.H + kL); }
   S* deltas(int64_t d) const { return space.deltas + d * p.N * space.lddelta; }
-  const S* normed(int64_t d) const { return static_cast<const S*>(p.normed) + d * p.N * 6 * p.H; }
+  const F* normed(int64_t d) const { return static_cast<const F*>(p.normed) + d * p.N * 6 * p.H; }
   const F* rstd(int64_t d) const { return static_cast<const F*>(p.rstd) + d * p.N * 2; }
   const S* previous_state(int64_t d, int64_t t, int64_t b) const;
 
@@ -247,7 +247,7 @@ void Backward<S>::hidden_norm(int64_t d, int64_t tile, int64_t part, int64_t s) 
   for (int64_t b = space.bounds[tile]; b < end; ++b) {
     const int64_t row = p.offsets[t] + b;
     const F* dy = space.normed_step + (d * p.B + b) * space.ldg;
-    const S* v = normed(d) + row * 6 * H + 3 * H;
+    const F* v = normed(d) + row * 6 * H + 3 * H;
     F mean, slope;
     // Gates one by one: dy is in the order n, r, z, v and the gain in the order r, z, n.
     F means[3], slopes[3];
@@ -280,7 +280,7 @@ template <class S> void Backward<S>::input_norm(int64_t d) const {
   parallel(p.pool, p.N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       S* dy = deltas(d) + row * space.lddelta + space.input;
-      const S* v = normed(d) + row * 6 * H;
+      const F* v = normed(d) + row * 6 * H;
       F mean, slope;
       norm_means<F>(3 * H, [&](int64_t i, int64_t w, Vec<F>& a, Vec<F>& x, Vec<F>& gamma) {
         a = get<F>(dy + i, w);
@@ -302,7 +302,7 @@ template <class S> void Backward<S>::weight_gradients(int64_t d) const {
   const S *hidden = deltas(d), *input = hidden + space.input;
   const S* y = norm() ? space.normed_deltas + d * N * 3 * H : hidden;  // (dq, dr, dz) beside the bias
   const int64_t ldy = norm() ? 3 * H : ld;
-  const auto sums = [&](int64_t n, const S* a, int64_t lda, const S* b, void* to, int64_t offset) {
+  const auto sums = [&](int64_t n, const S* a, int64_t lda, const F* b, void* to, int64_t offset) {
     if (to) column_sums<S>(p.pool, N, n, a, lda, b, 6 * H, static_cast<S*>(to) + offset);
   };
   sums(3 * H, input, ld, nullptr, w.db_ih, 0);

@@ -84,7 +84,7 @@ template <class S> struct Forward {
     if (shares_gates<S>(p)) return reinterpret_cast<F*>(gates(d));
     return space.products + d * p.N * 3 * p.H;
   }
-  S* normed(int64_t d) const { return static_cast<S*>(p.normed) + d * p.N * 6 * p.H; }
+  F* normed(int64_t d) const { return static_cast<F*>(p.normed) + d * p.N * 6 * p.H; }
   F* rstd(int64_t d) const { return static_cast<F*>(p.rstd) + d * p.N * 2; }
   bool norm() const { return p.weights[0].g_hh; }
   // The time step that the direction d takes as its s-th.

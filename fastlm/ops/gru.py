@@ -1,0 +1,152 @@
+"""GRU: fake kernels, autograd and entry point of one layer.
+
+fastlm::gru_layer(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)
+    input        (T, B, I), or (N, I) packed: N rows, step t holding the first batch_sizes[t] sequences
+    batch_sizes  int64 (T) on the CPU, positive and never growing; None where input is not packed
+    hx           (D, B, H), one state per direction
+    weights      per direction w_ih (3H, I), w_hh (3H, H), then b_ih and b_hh (3H) with has_biases, then
+                 the gains of the two layer norms (3H) with layer_norm; gates in torch's order r, z, n
+    update       (N, D * H), what zoneout leaves of each unit's change (0 keeps the old state), or None:
+                 then 1 - zoneout everywhere
+    -> output (T, B, D * H) or (N, D * H), hn (D, B, H), and what the backward takes, empty unless
+       `save`: gates (D, N, 4H), normed (D, N, 6H) and rstd (D, N, 2) in the compute dtype
+fastlm::gru_layer_backward(grad_output, grad_hn, ...) -> (grad_input, grad_hx, grad_weights)
+    grad_output and grad_hn may be None; grad_input and grad_weights are empty unless wanted
+"""
+
+import torch
+from torch import Tensor
+
+from fastlm import reference
+from fastlm.ops import reference_backward, under_transform
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_forward = torch.ops.fastlm.gru_layer.default
+_backward = torch.ops.fastlm.gru_layer_backward.default
+
+
+@torch.library.register_fake("fastlm::gru_layer")
+def _(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save):
+    D, B, H = hx.shape
+    rows = input.shape[:-1]
+    N = rows.numel()
+    compute = reference.compute_dtype(input.dtype)
+    norms = D if save and layer_norm else 0
+    return (
+        input.new_empty((*rows, D * H)),
+        input.new_empty((D, B, H)),
+        input.new_empty((D if save else 0, N, 4 * H)),
+        input.new_empty((norms, N, 6 * H), dtype=compute),
+        input.new_empty((norms, N, 2), dtype=compute),
+    )
+
+
+@torch.library.register_fake("fastlm::gru_layer_backward")
+def _(
+    grad_output, grad_hn, input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout,
+    output, gates, normed, rstd, input_wanted, weights_wanted,
+):  # fmt: skip
+    return (
+        input.new_empty(input.shape if input_wanted else 0),
+        hx.new_empty(hx.shape),
+        [w.new_empty(w.shape) for w in weights] if weights_wanted else [],
+    )
+
+
+def _save(ctx, input, batch_sizes, hx, update, weights, options, output):
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+    out, _, *kept = output
+    ctx.save_for_backward(input, batch_sizes, hx, update, out, *kept, *weights)
+
+
+def _gradients(ctx, dout, dhn, input_wanted, hx_wanted, weights_wanted):
+    """Gradients to input, hx and each weight."""
+    input, batch_sizes, hx, update, out, gates, normed, rstd, *weights = ctx.saved_tensors
+    has_biases, layer_norm, zoneout = ctx.options
+    if dout is None and dhn is None:
+        return None, None, [None] * len(weights)
+    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+
+        def formula(input, hx, *weights):
+            return reference.gru_layer(
+                input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout
+            )
+
+        dx, dhx, *dw = reference_backward(
+            formula, (input, hx, *weights), (input_wanted, hx_wanted, *weights_wanted), (dout, dhn)
+        )
+        return dx, dhx, dw
+    if gates.shape[0] == 0:
+        raise RuntimeError("fastlm::gru_layer: a gradient needs a forward with save=True")
+    dx, dhx, dw = _backward(
+        dout, dhn, input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout,
+        out, gates, normed, rstd, input_wanted, any(weights_wanted),
+    )  # fmt: skip
+    dw = dw or weights_wanted
+    return (
+        dx if input_wanted else None,
+        dhx if hx_wanted else None,
+        [g if need else None for g, need in zip(dw, weights_wanted, strict=True)],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, _ = inputs
+    _save(ctx, input, batch_sizes, hx, update, weights, (has_biases, layer_norm, zoneout), output)
+
+
+def _library_backward(ctx, dout, dhn, *unused):
+    needs = ctx.needs_input_grad
+    wanted = needs[3] if isinstance(needs[3], (list, tuple)) else [needs[3]] * len(ctx.saved_tensors[8:])
+    dx, dhx, dw = _gradients(ctx, dout, dhn, needs[0], needs[2], list(wanted))
+    return dx, None, dhx, dw, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fastlm::gru_layer", _library_backward, setup_context=_setup_context
+)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights):
+        with _below_autograd():
+            output = _forward(
+                input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, True
+            )
+        _save(ctx, input, batch_sizes, hx, update, weights, (has_biases, layer_norm, zoneout), output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, dout, dhn):
+        needs = ctx.needs_input_grad
+        dx, dhx, dw = _gradients(ctx, dout, dhn, needs[0], needs[2], needs[7:])
+        return dx, None, dhx, None, None, None, None, *dw
+
+
+def gru_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    weights: list[Tensor],
+    has_biases: bool,
+    layer_norm: bool,
+    update: Tensor | None,
+    zoneout: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and last states of one layer, differentiable; see the head of this file."""
+    if under_transform(input, hx, *weights):
+        return reference.gru_layer(
+            input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout
+        )
+    save = torch.is_grad_enabled() and (
+        input.requires_grad or hx.requires_grad or any(w.requires_grad for w in weights)
+    )
+    if save and not torch.compiler.is_compiling():
+        return _Layer.apply(
+            input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights
+        )
+    return _forward(
+        input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save
+    )[:2]
