@@ -10,15 +10,20 @@ from fastlm.functional import (
     varlen_attn,
 )
 from fastlm.ops import use_backend
+from fastlm.patch import convert, install, installed, uninstall
 
 __version__ = "0.1.0"
 __all__ = [
+    "convert",
     "cross_entropy",
     "gru",
     "gru_cell",
+    "install",
+    "installed",
     "linear_cross_entropy",
     "nn",
     "scaled_dot_product_attention",
+    "uninstall",
     "use_backend",
     "varlen_attn",
 ]

@@ -225,6 +225,12 @@ class GRU(torch.nn.RNNBase):
     Inputs and outputs are those of :class:`torch.nn.GRU`, packed sequences included.
     """
 
+    # Those of torch.nn, from which fastlm.convert makes instances without a constructor.
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
+    layer_norm: bool = False
+    _norm_names: list[str] = []
+
     def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -322,6 +328,11 @@ class GRUCell(torch.nn.GRUCell):
     """
 
     __constants__ = [*torch.nn.GRUCell.__constants__, "zoneout", "recurrent_dropout", "layer_norm"]
+
+    # Those of torch.nn, from which fastlm.convert makes instances without a constructor.
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
+    layer_norm: bool = False
 
     def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
         super().__init__(*args, **kwargs)
