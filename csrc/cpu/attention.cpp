@@ -283,7 +283,7 @@ int64_t divide_forward(Call& c, bool split_keys) {
     }
     // The last queries of a causal sequence see the most keys: these blocks go first.
     const int64_t blocks = (s.Tq + kRowBlock - 1) / kRowBlock;
-    const int64_t size = std::min((s.Tq / blocks + 23) / 24 * 24, kRowBlock);
+    const int64_t size = ((s.Tq + blocks - 1) / blocks + 23) / 24 * 24;
     for (int64_t h = 0; h < p.Hkv; ++h)
       for (int64_t i = (s.Tq - 1) / size * size; i >= 0; i -= size)
         for (int64_t g = 0; g < group; ++g)
@@ -351,7 +351,167 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(
   return {out, lse};
 }
 
+// ---- backward ----
+
+struct Gradients {
+  Tensor dq, dk, dv;
+};
+
+// Owners of dK and dV: enough of them for many cores even where a batch has few key heads, each with
+// some blocks of queries to itself.
+void divide_backward(Call& c, const Gradients& g) {
+  AttentionParams& p = c.p;
+  int64_t longest = 0, keys = 0;
+  for (const AttentionSequence& s : c.sequences) {
+    longest = std::max(longest, s.Tq);
+    keys += s.Tk;
+  }
+  const int64_t heads = std::max<int64_t>(p.B * p.Hkv, 1), group = p.Hkv ? p.Hq / p.Hkv : 1;
+  const int64_t blocks = group * ((longest + kRowBlock - 1) / kRowBlock);
+  p.parts = std::clamp<int64_t>(std::min((32 + heads - 1) / heads, blocks / 2), 1, 4);
+  const bool wide = c.dtype == kF64 || c.dtype == kF32;
+  if (p.parts == 1 && wide && p.D % 16 == 0 && p.Dv % 16 == 0) return;
+  const int64_t row = (p.D + 15) / 16 * 16 + (p.Dv + 15) / 16 * 16;
+  int64_t at = 0;
+  for (AttentionSequence& s : c.sequences) {
+    s.sums = at;
+    at += p.Hkv * p.parts * s.Tk * row;
+  }
+  p.accumulators = c.hold_mutable(new_tensor({at}, compute_type(g.dq.scalar_type())));
+}
+
+// What the operator returned and the gradients of it, checked.
+void set_outputs(Call& c, const char* op, const Tensor& q, const Tensor& dout, const OptionalTensor& dlse,
+                 const Tensor& out, const Tensor& lse) {
+  AttentionParams& p = c.p;
+  const ScalarType wide = compute_type(q.scalar_type());
+  check_dtype(dout, q.scalar_type(), op, "dout");
+  check_dtype(out, q.scalar_type(), op, "out");
+  check_dtype(lse, wide, op, "lse");
+  STD_TORCH_CHECK(lse.numel() == out.numel() / std::max<int64_t>(p.Dv, 1) || p.Dv == 0, "fastlm::", op,
+                  ": lse has shape ", shape_string(lse), " for out ", shape_string(out));
+  p.out = const_cast<void*>(c.hold(out));
+  p.lse = const_cast<void*>(c.hold(fastlm::contiguous(lse)));
+  p.dout = c.hold(dout);
+  if (dlse) {
+    check_dtype(*dlse, wide, op, "dlse");
+    STD_TORCH_CHECK(dlse->numel() == lse.numel(), "fastlm::", op, ": dlse has shape ", shape_string(*dlse));
+    p.dlse = c.hold(fastlm::contiguous(*dlse));
+  }
+}
+
+void set_gradients(Call& c, const Gradients& g) {
+  c.p.dq = c.hold_mutable(g.dq);
+  c.p.dk = c.hold_mutable(g.dk);
+  c.p.dv = c.hold_mutable(g.dv);
+  divide_backward(c, g);
+  finish(c);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout_, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out_, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& seed, double dropout_p, bool is_causal,
+    int64_t window_left, int64_t window_right, double scale, double softcap, bool needs_mask,
+    bool needs_slopes) {
+  const char* const op = "attention_backward";
+  const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
+  const Tensor dout = rows_contiguous(dout_), out = rows_contiguous(out_);
+  Call c = dense_call(op, q, k, v,
+                      {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left, window_right,
+                       scale, softcap});
+  AttentionParams& p = c.p;
+  const int64_t Tq = q.size(2), Tk = k.size(2);
+  check_shape(dout, {p.B, p.Hq, Tq, p.Dv}, op, "dout");
+  check_shape(out, {p.B, p.Hq, Tq, p.Dv}, op, "out");
+  check_shape(lse, {p.B, p.Hq, Tq}, op, "lse");
+  set_outputs(c, op, q, dout, dlse, out, lse);
+  const Gradients g{empty_as(query, p.D), empty_as(key, p.D), empty_as(value, p.Dv)};
+  p.os = {out.stride(1), out.stride(2)};
+  p.dos = {dout.stride(1), dout.stride(2)};
+  p.dqs = {g.dq.stride(1), g.dq.stride(2)};
+  p.dks = {g.dk.stride(1), g.dk.stride(2)};
+  p.dvs = {g.dv.stride(1), g.dv.stride(2)};
+  for (int64_t b = 0; b < p.B; ++b) {
+    AttentionSequence& s = c.sequences[size_t(b)];
+    s.out = b * out.stride(0);
+    s.dout = b * dout.stride(0);
+    s.dq = b * g.dq.stride(0);
+    s.dk = b * g.dk.stride(0);
+    s.dv = b * g.dv.stride(0);
+  }
+  const ScalarType wide = lse.scalar_type();
+  Tensor dmask = new_tensor({0}, wide), dslopes = new_tensor({0}, wide), dsinks = new_tensor({0}, wide);
+  if (sinks) {
+    dsinks = new_tensor({p.Hq}, wide);
+    p.dsinks = c.hold_mutable(dsinks);
+    p.delta = c.hold_mutable(new_tensor({p.B, p.Hq, Tq}, wide));
+  }
+  const bool empty = p.B == 0 || p.Hq == 0 || Tq == 0 || Tk == 0;
+  if (needs_mask) {
+    STD_TORCH_CHECK(attn_mask, "fastlm::", op, ": needs_mask without attn_mask");
+    dmask = new_tensor({p.bias_b, p.bias_h, p.bias_q, p.bias_k}, wide);
+    if (empty) torch::stable::zero_(dmask);
+    else p.dbias = c.hold_mutable(dmask);
+  }
+  if (needs_slopes) {
+    STD_TORCH_CHECK(alibi_slopes, "fastlm::", op, ": needs_slopes without alibi_slopes");
+    dslopes = new_tensor({p.B, p.Hq}, wide);
+    if (empty) torch::stable::zero_(dslopes);
+    else p.dslopes = c.hold_mutable(dslopes);
+  }
+  set_gradients(c, g);
+  kernels().attention.backward[c.dtype](p);
+  if (p.dbias || p.dslopes) kernels().attention.bias_backward[c.dtype](p);
+  return {g.dq, g.dk, g.dv, dmask, dslopes, dsinks};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
+    const Tensor& dout_, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out_, const Tensor& lse, const Tensor& cu_seq_q, const Tensor& cu_seq_k, int64_t max_q,
+    int64_t max_k, int64_t window_left, int64_t window_right, double scale) {
+  const char* const op = "varlen_attention_backward";
+  const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
+  const Tensor dout = rows_contiguous(dout_), out = rows_contiguous(out_);
+  Call c = packed_call(op, q, k, v,
+                       {cu_seq_q, cu_seq_k, std::nullopt, std::nullopt, max_q, max_k, window_left,
+                        window_right, scale});
+  AttentionParams& p = c.p;
+  check_shape(dout, {q.size(0), p.Hq, p.Dv}, op, "dout");
+  check_shape(out, {q.size(0), p.Hq, p.Dv}, op, "out");
+  check_shape(lse, {p.Hq, q.size(0)}, op, "lse");
+  set_outputs(c, op, q, dout, dlse, out, lse);
+  Gradients g{new_tensor({q.size(0), p.Hq, p.D}, q.scalar_type()),
+              new_tensor({k.size(0), p.Hkv, p.D}, q.scalar_type()),
+              new_tensor({k.size(0), p.Hkv, p.Dv}, q.scalar_type())};
+  p.os = {out.stride(1), out.stride(0)};
+  p.dos = {dout.stride(1), dout.stride(0)};
+  p.dqs = {p.D, p.Hq * p.D};
+  p.dks = {p.D, p.Hkv * p.D};
+  p.dvs = {p.Dv, p.Hkv * p.Dv};
+  const int32_t* const q_at = static_cast<const int32_t*>(cu_seq_q.const_data_ptr());
+  const int32_t* const k_at = static_cast<const int32_t*>(cu_seq_k.const_data_ptr());
+  if (p.B == 0 || q_at[0] > 0 || q_at[p.B] < q.size(0)) torch::stable::zero_(g.dq);  // rows of no sequence
+  if (p.B == 0 || k_at[0] > 0 || k_at[p.B] < k.size(0)) {
+    torch::stable::zero_(g.dk);
+    torch::stable::zero_(g.dv);
+  }
+  for (int64_t n = 0; n < p.B; ++n) {
+    AttentionSequence& s = c.sequences[size_t(n)];
+    s.out = q_at[n] * p.os.t;
+    s.dout = q_at[n] * p.dos.t;
+    s.dq = q_at[n] * p.dqs.t;
+    s.dk = k_at[n] * p.dks.t;
+    s.dv = k_at[n] * p.dvs.t;
+  }
+  set_gradients(c, g);
+  kernels().attention.backward[c.dtype](p);
+  return {g.dq, g.dk, g.dv};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("varlen_attention_backward", TORCH_BOX(&varlen_attention_backward));
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("varlen_attention_forward", TORCH_BOX(&varlen_attention_forward));
 }

@@ -18,8 +18,8 @@ namespace fastlm {
 struct AttentionSequence {
   int64_t Tq, Tk;
   int64_t lower, upper;              // query i sees the keys i - lower <= j <= i + upper
-  int64_t q, k, v, out, lse;         // where head 0, row 0 lies; out also stands for dout
-  int64_t dq, dk, dv;                // the same in the gradients
+  int64_t q, k, v, out, lse;         // where head 0, row 0 lies
+  int64_t dout, dq, dk, dv, sums;    // the same in the gradients and in the accumulators
   const int32_t* pages;              // paged keys: page of every page_size keys; else null
   int64_t split_keys, splits;        // keys are divided so where there are few queries
   int64_t partial;                   // first row in the partial results of the splits
@@ -64,10 +64,10 @@ struct AttentionParams {
   AttentionStrides dos;
   void *dq, *dk, *dv;                  // S
   AttentionStrides dqs, dks, dvs;
-  void* accumulators;                  // compute type, for dk and dv: [part][key row][D + Dv]
-  int64_t parts;                       // queries of one key head are dealt to so many parts
+  void* accumulators;                  // compute type: sums of dk and dv per part; null: dk and dv
+  int64_t parts;                       // the queries of one key head are dealt to so many owners
   void* dsinks;                        // compute type [Hq], or null
-  void* delta;                         // compute type, laid out as lse
+  void* delta;                         // compute type, laid out as lse; null without sinks
   void* dbias;                         // gradient of the mask: compute type, contiguous, or null
   int64_t bias_b, bias_h, bias_q, bias_k;  // its sizes; 1 where broadcast
   void* dslopes;                       // compute type [B][Hq], or null
@@ -88,7 +88,7 @@ struct AttentionKernels {
 
 #ifdef FASTLM_ISA
 #include "attention_forward.h"
-//#include "attention_backward.h"
+#include "attention_backward.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -97,14 +97,14 @@ void fill(AttentionKernels& k) {
   k.forward[kF32] = attention_forward<float>;
   k.forward[kBF16] = attention_forward<bf16>;
   k.forward[kF16] = attention_forward<f16>;
-  //k.backward[kF64] = attention_backward<double>;
-  //k.backward[kF32] = attention_backward<float>;
-  //k.backward[kBF16] = attention_backward<bf16>;
-  //k.backward[kF16] = attention_backward<f16>;
-  //k.bias_backward[kF64] = attention_bias_backward<double>;
-  //k.bias_backward[kF32] = attention_bias_backward<float>;
-  //k.bias_backward[kBF16] = attention_bias_backward<bf16>;
-  //k.bias_backward[kF16] = attention_bias_backward<f16>;
+  k.backward[kF64] = attention_backward<double>;
+  k.backward[kF32] = attention_backward<float>;
+  k.backward[kBF16] = attention_backward<bf16>;
+  k.backward[kF16] = attention_backward<f16>;
+  k.bias_backward[kF64] = attention_bias_backward<double>;
+  k.bias_backward[kF32] = attention_bias_backward<float>;
+  k.bias_backward[kBF16] = attention_bias_backward<bf16>;
+  k.bias_backward[kF16] = attention_bias_backward<f16>;
 }
 
 }  // namespace fastlm::FASTLM_ISA

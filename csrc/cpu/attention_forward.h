@@ -11,21 +11,20 @@ namespace fastlm::FASTLM_ISA {
 
 inline constexpr int64_t kFewRows = 4;  // up to here vectors lie along D
 
-// What turns a row's weights of sum l under maximum m (in the units of softmax_exp) into
-// probabilities, with its sink's logit (natural units) joined to the sum.
+// What turns a row's weights of sum l under maximum m into probabilities, with its sink's logit joined
+// to the sum. All in natural units.
 template <class T> struct Normaliser { T scale, lse; };
 
 template <class T> Normaliser<T> normalise(T m, T l, const T* sink) {
   const T inf = T(__builtin_inf());
   if (sink) {
-    const T x = *sink * kLog<T>, top = x > m ? x : m;
+    const T top = *sink > m ? *sink : m;
     if (top == -inf) return {T(0), -inf};
-    const T ratio = softmax_exp_scalar(m - top);
-    const T sum = l * ratio + softmax_exp_scalar(x - top);
-    return {ratio / sum, top * kUnlog<T> + log(sum)};
+    const T ratio = exp_scalar(m - top), sum = l * ratio + exp_scalar(*sink - top);
+    return {ratio / sum, top + log(sum)};
   }
   if (l == 0) return {T(0), -inf};
-  return {T(1) / l, m * kUnlog<T> + log(l)};
+  return {T(1) / l, m + log(l)};
 }
 
 // Where a row's results go: the output, or the partial results of its split.
@@ -82,8 +81,8 @@ FASTLM_INLINE mask_t<Vec<compute_t<S>>> softmax_columns(
   mask_t<V> changed{};
 #pragma GCC unroll 4
   for (int v = 0; v < kV; ++v) {
-    shift[v] = select(top[v] == none, V{}, top[v] * f);
-    const V a = softmax_exp(load(m + v * kL) * f - shift[v]);
+    shift[v] = select(top[v] == none, V{}, top[v]);
+    const V a = softmax_exp((load(m + v * kL) - shift[v]) * f);
     changed |= a != splat(T(1));
     store(alpha + v * kL, a);
     store(m + v * kL, top[v]);
@@ -99,7 +98,7 @@ FASTLM_INLINE mask_t<Vec<compute_t<S>>> softmax_columns(
         w[x] = V{};
         if (x > 0 && j + x == n) break;
         const int64_t at = (j + x) * ld + v * kL;
-        w[x] = softmax_exp(load(s + at) * f - shift[v]);
+        w[x] = softmax_exp((load(s + at) - shift[v]) * f);
         sum[v] += w[x];
         if (keep) w[x] *= load(keep + at);
       }
@@ -171,7 +170,7 @@ void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange
   constexpr int64_t kPair = Operand<S>::kPair;
   constexpr int64_t kStep = 4 * kLanes<T>;
   const int64_t ld = x.rows.width, begin = keys.begin, lanes = keys.end - keys.begin;
-  const T factor = score_factor<T>(p);
+  const T factor = score_unit<T>(p) * kLog<T>;
 
   const auto k = rows_along_columns(key, keys.j0, keys.n, x.k);
   matmul<Mul, kRowMajor, kOverwrite>(keys.n, lanes, ceil_div(p.D, kPair), k.data, k.ld, x.q + begin, ld,
@@ -222,9 +221,9 @@ template <class S> void forward_block(const AttentionParams& p, const AttentionI
   }
 
   const RowSink<S> to{p, item, rows};
-  const T factor = score_factor<T>(p);
+  const T unit = score_unit<T>(p);
   for (int64_t r = 0; r < rows.n; ++r) {
-    const Normaliser<T> norm = normalise(x.m[r] * factor, x.l[r], to.sink(r));
+    const Normaliser<T> norm = normalise(x.m[r] * unit, x.l[r], to.sink(r));
     x.alpha[r] = norm.scale;
     to.put_lse(r, norm.lse);
   }
@@ -351,7 +350,7 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
     end = least(end, (item.split + 1) * seq.split_keys);
   }
   const KeySource<S> key = key_source<S>(p, seq, rows.hkv), value = value_source<S>(p, seq, rows.hkv);
-  const T factor = score_factor<T>(p);
+  const T unit = score_unit<T>(p), factor = unit * kLog<T>;
   for (int64_t j0 = begin; j0 < end; j0 += kKeyBlock) {
     const int64_t n = least(kKeyBlock, end - j0);
     const S *k[kKeyBlock], *v[kKeyBlock];
@@ -367,13 +366,13 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
       for (int64_t j = kL; j < n; j += kL) top = max(top, load(s + j));
       const T old = m[r], peak = reduce_max(top);
       m[r] = peak > old ? peak : old;
-      const T shift = m[r] == -T(__builtin_inf()) ? T(0) : m[r] * factor;
+      const T shift = m[r] == -T(__builtin_inf()) ? T(0) : m[r];
       for (int64_t j = 0; j < n; j += kL) {
-        const V w = softmax_exp(load(s + j) * splat(factor) - splat(shift));
+        const V w = softmax_exp((load(s + j) - splat(shift)) * splat(factor));
         sum += w;
         store(s + j, w);
       }
-      const T alpha = softmax_exp_scalar(old * factor - shift);
+      const T alpha = exp_scalar((old - shift) * unit);
       l[r] = l[r] * alpha + reduce_add(sum);
       add_weighted_rows<S>(s, v, n, p.Dv, alpha, out + r * p.Dv);
     }
@@ -381,7 +380,7 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
 
   const RowSink<S> to{p, item, rows};
   for (int64_t r = 0; r < rows.n; ++r) {
-    const Normaliser<T> norm = normalise(m[r] * factor, l[r], to.sink(r));
+    const Normaliser<T> norm = normalise(m[r] * unit, l[r], to.sink(r));
     for (int64_t d = 0; d < p.Dv; ++d) out[r * p.Dv + d] *= norm.scale;
     to.put_lse(r, norm.lse);
     to.put_row(r, out + r * p.Dv);
@@ -408,14 +407,14 @@ template <class S> void combine_splits(const AttentionParams& p, const Attention
     const T* part = static_cast<const T*>(p.partial_out) + first * p.Dv;
     T top = -T(__builtin_inf()), sum = 0;
     for (int64_t s = 0; s < seq.splits; ++s) top = lse[s * stride] > top ? lse[s * stride] : top;
-    const T shift = top == -T(__builtin_inf()) ? T(0) : top * kLog<T>;
+    const T shift = top == -T(__builtin_inf()) ? T(0) : top;
     for (int64_t d = 0; d < p.Dv; ++d) o[d] = 0;
     for (int64_t s = 0; s < seq.splits; ++s) {
-      const T w = softmax_exp_scalar(lse[s * stride] * kLog<T> - shift);
+      const T w = exp_scalar(lse[s * stride] - shift);
       sum += w;
       for (int64_t d = 0; d < p.Dv; ++d) o[d] += w * part[s * stride * p.Dv + d];
     }
-    const Normaliser<T> norm = normalise(top * kLog<T>, sum, to.sink(r));
+    const Normaliser<T> norm = normalise(top, sum, to.sink(r));
     for (int64_t d = 0; d < p.Dv; ++d) o[d] *= norm.scale;
     to.put_lse(r, norm.lse);
     to.put_row(r, o);

@@ -30,12 +30,10 @@ struct Arena {
 
 // ---- the exponential of the softmax ----
 
-// Softmax works in powers of 2 for float and of e for double: kLog turns natural logarithms into
-// these units and kUnlog turns them back.
+// Softmax takes powers of 2 for float and of e for double: kLog turns natural logarithms into these
+// units. Differences are taken before, so that large scores lose nothing.
 template <class T> inline constexpr T kLog = 1;
-template <class T> inline constexpr T kUnlog = 1;
 template <> inline constexpr float kLog<float> = 1.44269504f;
-template <> inline constexpr float kUnlog<float> = 0.693147181f;
 
 FASTLM_INLINE Vec<double> softmax_exp(Vec<double> x) { return exp(x); }
 
@@ -55,7 +53,8 @@ FASTLM_INLINE Vec<float> softmax_exp(Vec<float> x) {
   y = fma(y, f, splat(1.f));
   return y * bits_of<V>(bits_of<Words>(biased) << 23);
 }
-template <class T> FASTLM_INLINE T softmax_exp_scalar(T x) { return softmax_exp(splat(x))[0]; }
+// exp(x) of a scalar in natural units, x <= 0.
+template <class T> FASTLM_INLINE T exp_scalar(T x) { return softmax_exp(splat(x * kLog<T>))[0]; }
 
 // ---- a block of queries ----
 
@@ -245,9 +244,9 @@ template <class T> FASTLM_INLINE int64_t keys_end(const RowBlock<T>& rows) {
 FASTLM_INLINE bool has_transform(const AttentionParams& p) {
   return p.softcap > 0 || p.slopes || p.mask_kind != kNoMask || !(p.scale > 0);
 }
-// What a tile's scores are multiplied by for softmax_exp.
-template <class T> FASTLM_INLINE T score_factor(const AttentionParams& p) {
-  return has_transform(p) ? kLog<T> : T(p.scale * kLog<T>);
+// What a tile's scores are multiplied by to be in natural units.
+template <class T> FASTLM_INLINE T score_unit(const AttentionParams& p) {
+  return has_transform(p) ? T(1) : T(p.scale);
 }
 
 // A row of the mask as numbers to add: dst[j] of the keys j0 .. j0 + n.

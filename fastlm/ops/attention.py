@@ -44,8 +44,8 @@ def _(
 ):  # fmt: skip
     dq, dk, dv = (_empty_as(x, x.size(-1)) for x in (query, key, value))
     none = lse.new_empty(0)
-    dmask = attn_mask.new_empty(attn_mask.shape) if needs_mask else none
-    dslopes = torch.empty_like(alibi_slopes, memory_format=torch.contiguous_format) if needs_slopes else none
+    dmask = lse.new_empty(attn_mask.shape) if needs_mask else none
+    dslopes = lse.new_empty(alibi_slopes.shape) if needs_slopes else none
     return dq, dk, dv, dmask, dslopes, none if sinks is None else lse.new_empty(sinks.shape)
 
 
@@ -78,7 +78,7 @@ def _gradients(ctx, dout, dlse):
     nones = (None,) * 7  # seed and the options
     if dout is None and dlse is None:
         return (None,) * 6 + nones
-    if True:  # create_graph=True: gradients that can be differentiated again
+    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
 
         def formula(query, key, value, attn_mask, alibi_slopes, sinks):
             return reference.scaled_dot_product_attention(
@@ -91,10 +91,11 @@ def _gradients(ctx, dout, dlse):
         return reference_backward(formula, inputs, needs[:6], (dout, dlse)) + nones
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = _backward(
+    dq, dk, dv, dmask, dslopes, dsinks = _backward(
         dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, *ctx.options,
         needs[3], needs[4],
     )  # fmt: skip
+    grads = (dq, dk, dv, dmask.to(attn_mask.dtype) if needs[3] else None, dslopes, dsinks)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
 
 
@@ -115,7 +116,7 @@ def _varlen_gradients(ctx, dout, dlse):
     nones = (None,) * 10
     if dout is None and dlse is None:
         return (None,) * 3 + nones
-    if True:
+    if torch.is_grad_enabled():
 
         def formula(query, key, value):
             return reference.varlen_attn(
