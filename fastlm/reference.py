@@ -180,8 +180,10 @@ def varlen_attn(
     k_ends = cu_seq_k.tolist() if cu_seq_k is not None else None
     out = query.new_zeros(*query.shape[:-1], value.size(-1))
     lse = torch.full((Hq, query.size(0)), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    # Tokens before the first sequence and behind the last belong to none.
-    outs, lses = [out[: q_ends[0]]], [lse[:, : q_ends[0]]]
+    # Tokens before the first sequence and behind the last belong to none; the empty sum keeps the
+    # result a function of the inputs where there is no sequence at all.
+    nothing = (query[:0].sum() + key[:0].sum() + value[:0].sum()).to(lse.dtype)
+    outs, lses = [out[: q_ends[0]] + nothing.to(out.dtype)], [lse[:, : q_ends[0]] + nothing]
     for n in range(N):
         q = query[q_ends[n] : q_ends[n + 1]]
         if block_table is not None:

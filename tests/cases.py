@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest
 
 import fastlm
 
@@ -125,7 +126,262 @@ class Draw:
 # ---- scaled_dot_product_attention ---------------------------------------------------------
 
 
+def attention(
+    id: str,
+    B: int = 2,
+    H: tuple[int, int] | int = 2,
+    T: tuple[int, int] | int = 5,
+    D: tuple[int, int] | int = 8,
+    *,
+    mask: Sequence[int] | None = None,
+    mask_dtype: str = "bool",
+    layout: str = "contiguous",
+    slopes: Sequence[int] | None = None,
+    sinks: bool = False,
+    grad: bool = True,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    **options,
+) -> Case:
+    """Query (B, Hq, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv); options are passed on.
+
+    mask: its shape; mask_dtype: "bool", "same" as query, "float32", or "constant": without gradient.
+    """
+    (Hq, Hkv), (Tq, Tk), (D, Dv) = (x if isinstance(x, tuple) else (x, x) for x in (H, T, D))
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        args = [
+            draw(B, Hq, Tq, D, layout=layout, grad=grad),
+            draw(B, Hkv, Tk, D, layout=layout, grad=grad),
+            draw(B, Hkv, Tk, Dv, layout=layout, grad=grad),
+        ]
+        kwargs = dict(options)
+        if Hq != Hkv:
+            kwargs["enable_gqa"] = True
+        if mask is not None and mask_dtype == "bool":
+            kwargs["attn_mask"] = draw.mask(*mask)
+        elif mask is not None:
+            values = draw(*mask, grad=False)
+            kwargs["attn_mask"] = values.float() if mask_dtype == "float32" else values
+            kwargs["attn_mask"].requires_grad_(mask_dtype != "constant")
+        if slopes is not None:
+            kwargs["alibi_slopes"] = draw.uniform(*slopes, grad=True)
+        if sinks:
+            kwargs["sinks"] = draw(Hq)
+        return tuple(args), kwargs
+
+    ours = {"window_size", "softcap", "return_lse"}
+    eager = not (ours & set(options) or slopes or sinks)
+    return Case(id, build, eager, random="dropout_p" in options, dtypes=dtypes)
+
+
+def broken_attention(id: str, change: Callable[[Tensor, Tensor, Tensor], dict]) -> Case:
+    """Queries, keys and values with values changed in place; the function may return options."""
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        q, k, v = (draw(1, 2, 5, 8, grad=False) for _ in range(3))
+        kwargs = change(q, k, v) or {}
+        return (q, k, v), kwargs
+
+    return Case(id, build)
+
+
+def _some_rows_masked(q, k, v):
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[[0, 3]] = False
+    return {"attn_mask": mask}
+
+
+def _all_minus_infinity(q, k, v):
+    return {"attn_mask": torch.full((5, 5), float("-inf"), dtype=q.dtype)}
+
+
+def _huge_logits(q, k, v):
+    q.mul_(300)
+
+
+def _nan_query(q, k, v):
+    q[0, 0, 2] = float("nan")
+    return {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}
+
+
+def attention_products(query, key, value, *args, is_causal=False, **kwargs):
+    """Multiply-adds count two; the backward computes the scores again (five products to two)."""
+    (B, H, Tq, D), Tk, Dv = query.shape, key.size(-2), value.size(-1)
+    pairs = Tq * Tk
+    if is_causal:
+        n = min(Tq, Tk)
+        pairs = n * (n + 1) // 2 + (Tq - n) * Tk
+    forward = 2 * B * H * pairs * (D + Dv)
+    return forward, B * H * pairs * 2 * (3 * D + 2 * Dv)
+
+
+def attention_traffic(query, key, value, *args, **kwargs):
+    """Forward reads q, k, v and writes out; backward reads these and dout, writes three gradients."""
+    inputs = sum(x.numel() for x in (query, key, value))
+    out = query.numel() // max(query.size(-1), 1) * value.size(-1)
+    size = query.element_size()
+    return (inputs + out) * size, (2 * inputs + 2 * out) * size
+
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+register(
+    Operator(
+        "scaled_dot_product_attention",
+        fastlm.scaled_dot_product_attention,
+        fastlm.reference.scaled_dot_product_attention,
+        torch.nn.functional.scaled_dot_product_attention,
+        cases=(
+            attention("plain", T=(7, 9)),
+            attention("one-query-one-key", T=1, D=1),
+            attention("causal", T=33, is_causal=True),
+            attention("causal-wide", T=(5, 19), is_causal=True),
+            attention("causal-tall", T=(19, 5), is_causal=True),
+            # Several blocks of queries and of keys, the last ones partly filled.
+            attention("blocks", B=1, H=1, T=(97, 130), D=(16, 24)),
+            attention("blocks-causal", B=1, H=(2, 1), T=(193, 193), D=16, is_causal=True),
+            attention("gqa", H=(6, 2), T=(9, 17)),
+            attention("mqa-causal", H=(4, 1), T=17, is_causal=True),
+            attention("odd-heads", H=3, T=(11, 13), D=(7, 5)),
+            attention("value-wider", T=(9, 11), D=(3, 33)),
+            attention("large-head", B=1, H=1, T=(9, 17), D=(264, 136)),
+            attention("transposed", T=(9, 17), D=16, layout="transposed", is_causal=True),
+            attention("strided", T=(9, 17), layout="strided"),
+            attention("scale", T=9, scale=0.7),
+            attention("scale-negative", T=9, scale=-0.7),
+            attention("scale-zero", T=9, scale=0.0),
+            # Few queries take vectors along the head instead of along queries.
+            attention("decode", H=3, T=(1, 70), D=33),
+            attention("decode-gqa", H=(8, 2), T=(1, 66), D=(24, 16)),
+            attention("decode-splits", B=1, H=(2, 1), T=(1, 2100), D=16),
+            attention("few-queries-splits", B=1, H=(4, 2), T=(5, 1100), D=8, is_causal=True),
+            attention("mask-bool", T=(9, 70), mask=(2, 1, 9, 70)),
+            attention("mask-keys", T=(9, 17), mask=(2, 1, 1, 17)),
+            attention("mask-bool-causal", T=17, mask=(17, 17), is_causal=True, dtypes=FLOATS),
+            attention("mask-float", T=(9, 17), mask=(9, 17), mask_dtype="constant"),
+            attention("mask-float32", T=(9, 17), mask=(2, 2, 9, 17), mask_dtype="float32"),
+            attention("mask-gradient", T=(9, 17), mask=(2, 2, 9, 17), mask_dtype="same"),
+            attention("mask-gradient-2d", T=(98, 66), mask=(98, 66), mask_dtype="same"),
+            attention("mask-gradient-heads", H=(4, 2), T=(9, 17), mask=(4, 1, 17), mask_dtype="same"),
+            attention("mask-gradient-queries", T=(9, 17), mask=(2, 1, 9, 1), mask_dtype="same"),
+            attention("window", T=33, window_size=(5, 3)),
+            attention("window-left", T=(9, 70), window_size=(20, -1)),
+            attention("window-causal-blocks", B=1, H=1, T=(200, 300), window_size=(70, 0)),
+            attention("window-tall", T=(19, 5), window_size=(2, 0), return_lse=True),
+            attention("softcap", T=(9, 17), softcap=1.5),
+            attention("alibi", H=(4, 2), T=(9, 17), slopes=(4,), is_causal=True),
+            attention("alibi-batch", T=(17, 33), slopes=(2, 2), softcap=3.0),
+            attention("sinks", H=(4, 2), T=(9, 17), sinks=True, return_lse=True),
+            attention("sinks-window-decode", T=(2, 40), sinks=True, window_size=(9, 0)),
+            attention("lse", T=(9, 17), return_lse=True),
+            attention("lse-gqa-causal", H=(4, 1), T=33, return_lse=True, is_causal=True),
+            attention("everything", H=(4, 2), T=(33, 70), D=(16, 8), mask=(2, 4, 33, 70), mask_dtype="same",
+                      slopes=(4,), sinks=True, softcap=4.0, window_size=(30, 5), return_lse=True),
+            attention("dropout", T=(9, 17), dropout_p=0.3),
+            attention("dropout-causal-mask", H=(4, 2), T=(33, 70), mask=(70,), dropout_p=0.5, is_causal=True),
+            attention("dropout-all", T=(9, 17), dropout_p=1.0),
+            attention("no-queries", T=(0, 5)),
+            attention("no-keys", T=(5, 0)),
+            attention("no-batch", B=0),
+            attention("no-head-size", D=(0, 8)),
+            broken_attention("rows-masked", _some_rows_masked),
+            broken_attention("all-masked", _all_minus_infinity),
+            broken_attention("nan-query", _nan_query),
+            broken_attention("huge-logits", _huge_logits),
+        ),
+        bench=(
+            attention("4x12x1024x64", 4, 12, 1024, 64, is_causal=True, dtypes=FLOATS),
+            attention("1x12x4096x64", 1, 12, 4096, 64, is_causal=True, dtypes=FLOATS),
+            attention("1x32on8x2048x128", 1, (32, 8), 2048, 128, is_causal=True, dtypes=FLOATS),
+            attention("decode-8x12x4096x64", 8, 12, (1, 4096), 64, grad=False, dtypes=FLOATS),
+        ),
+        flops=attention_products,
+        bytes=attention_traffic,
+    )
+)
+
+
 # ---- varlen_attn --------------------------------------------------------------------------
+
+
+def packed(
+    id: str,
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int] | None = None,
+    H: tuple[int, int] | int = 2,
+    D: tuple[int, int] | int = 8,
+    *,
+    behind: int = 0,
+    lse: bool = False,
+    **options,
+) -> Case:
+    """Sequences of these lengths, with `behind` rows after the last that belong to none."""
+    (Hq, Hkv), (D, Dv) = (x if isinstance(x, tuple) else (x, x) for x in (H, D))
+    k_lengths = q_lengths if k_lengths is None else k_lengths
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        at_q, at_k = (
+            torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (q_lengths, k_lengths)
+        )
+        q = draw(int(at_q[-1]) + behind, Hq, D)
+        k, v = draw(int(at_k[-1]) + behind, Hkv, D), draw(int(at_k[-1]) + behind, Hkv, Dv)
+        kwargs = dict(options, enable_gqa=Hq != Hkv)
+        if lse:
+            kwargs["return_aux"] = AuxRequest(lse=True)
+        return (q, k, v, at_q, at_k, max(q_lengths, default=0), max(k_lengths, default=0)), kwargs
+
+    return Case(id, build, eager=False)
+
+
+def paged(id: str, q_lengths: Sequence[int], used: Sequence[int], page: int, **options) -> Case:
+    """Keys and values in pages of a pool, in any order; inference only."""
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        at_q = torch.tensor([0, *q_lengths]).cumsum(0).to(torch.int32)
+        pages = max(-(-n // page) for n in used)
+        pool = len(used) * pages + 1
+        order = torch.randperm(pool, generator=draw.generator)[: len(used) * pages]
+        k, v = draw(pool, page, 2, 8, grad=False), draw(pool, page, 2, 8, grad=False)
+        kwargs = dict(
+            options,
+            enable_gqa=True,
+            seqused_k=torch.tensor(used, dtype=torch.int32),
+            block_table=order.view(len(used), pages).to(torch.int32),
+        )
+        q = draw(int(at_q[-1]), 4, 8, grad=False)
+        return (q, k, v, at_q, None, max(q_lengths), max(used)), kwargs
+
+    return Case(id, build, eager=False)
+
+
+register(
+    Operator(
+        "varlen_attn",
+        fastlm.varlen_attn,
+        fastlm.reference.varlen_attn,
+        None,  # torch's own needs a GPU
+        cases=(
+            packed("plain", (5, 9, 3)),
+            packed("empty-sequences", (0, 5, 0, 7, 0), lse=True),
+            packed("empty-queries-or-keys", (0, 5, 3, 7), (4, 0, 9, 7), lse=True),
+            packed("no-sequence", ()),
+            packed("rows-of-no-sequence", (5, 3), behind=4, lse=True),
+            packed("causal", (33, 1, 18), (33, 5, 18), window_size=(-1, 0)),
+            packed("causal-tall", (19, 8), (5, 8), window_size=(-1, 0), lse=True),
+            packed("window", (33, 20), (40, 20), window_size=(7, 2)),
+            packed("gqa-odd", (9, 17), (11, 30), H=(6, 2), D=(7, 5), lse=True),
+            packed("blocks", (130, 97), (70, 200), H=1, D=16, window_size=(-1, 0)),
+            packed("decode", (1, 1, 1), (70, 1, 1100), H=(4, 2), num_splits=1),
+            packed("scale", (9, 5), scale=0.3),
+            paged("paged", (1, 3, 0, 6), (9, 16, 4, 6), 4),
+            paged("paged-causal-splits", (1, 2), (1100, 37), 16, window_size=(-1, 0)),
+        ),
+    )
+)
 
 
 # ---- gru ----------------------------------------------------------------------------------
