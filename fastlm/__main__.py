@@ -1,0 +1,3 @@
+from fastlm.cli import main
+
+main()

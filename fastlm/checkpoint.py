@@ -1,0 +1,218 @@
+"""A run's folder, and checkpoints in it that are there whole or not at all.
+
+    RUN/run.json              the options of the run and the hash of its corpus
+    RUN/metrics.jsonl         one line a step and one an evaluation
+    RUN/tensorboard/
+    RUN/checkpoints/step-N/   model.safetensors, config.json, tokenizer.json; to go on from step N,
+                              trainer.safetensors (AdamW's moments, random states), trainer.json
+    RUN/best/step-N/          the best model so far, kept where early stopping was asked for
+
+A folder is written under a temporary name, flushed to the disk and renamed. The last two
+checkpoints are kept. Nothing is pickled."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlm.models import from_pretrained, read_config
+from fastlm.models.base import LanguageModel, read_tensors, write_file, write_tensors
+from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+KEPT = 2
+
+
+class Run:
+    """A run's folder, locked against a second process for as long as this object lives."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{folder}: another process is training there") from None
+
+    @classmethod
+    def create(cls, folder: Path, options: dict, overwrite: bool = False) -> "Run":
+        """A new run. ``ValueError`` where the folder holds anything, unless that is a run and is to
+        be overwritten."""
+        check_free(folder, overwrite)
+        if folder.exists():
+            run = cls(folder)
+            for entry in folder.iterdir():
+                shutil.rmtree(
+                    entry
+                ) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            run._lock.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "run.json", (json.dumps(options, indent=2) + "\n").encode())
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        read_options(folder)
+        return cls(folder)
+
+    def save(
+        self,
+        step: int,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        tensors: dict[str, Tensor],
+        state: dict,
+    ) -> None:
+        """Writes checkpoint ``step`` and drops the oldest ones."""
+
+        def write(folder: Path) -> None:
+            save_model(folder, model, tokenizer)
+            write_tensors(folder / "trainer.safetensors", tensors)
+            write_file(folder / "trainer.json", (json.dumps(state, indent=2) + "\n").encode())
+
+        self._publish("checkpoints", step, write, KEPT)
+
+    def save_best(self, step: int, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self._publish("best", step, lambda folder: save_model(folder, model, tokenizer), 1)
+
+    def _publish(self, kind: str, step: int, write: Callable[[Path], None], kept: int) -> None:
+        parent = self.folder / kind
+        parent.mkdir(exist_ok=True)
+        for leftover in parent.glob(".*"):  # of a run that was killed here
+            shutil.rmtree(leftover)
+        temporary, target = parent / f".step-{step}", parent / f"step-{step}"
+        temporary.mkdir()
+        write(temporary)
+        _sync(temporary)
+        if target.exists():  # the same step, come to again after a kill
+            os.rename(target, parent / f".old-{step}")
+        os.rename(temporary, target)
+        _sync(parent)
+        for old in list_steps(parent)[:-kept]:
+            os.rename(old, parent / f".old-{old.name}")
+        for leftover in parent.glob(".old-*"):
+            shutil.rmtree(leftover)
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """``ValueError`` unless a run can begin in ``folder``."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder}: exists and is not a run of fastlm train; choose another --out")
+    if not overwrite:
+        raise ValueError(
+            f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it"
+        )
+
+
+def read_options(folder: Path) -> dict:
+    """The options a run was begun with; ``ValueError`` where there is none or the file is
+    damaged."""
+    return _read_json(folder / "run.json", f"{folder}: no run of fastlm train here")
+
+
+def _read_json(path: Path, missing: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+
+
+def list_steps(parent: Path) -> list[Path]:
+    """The folders ``step-N`` in ``parent``, by N."""
+    found = [p for p in parent.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    """What :meth:`Run.save` got as ``tensors`` and ``state``."""
+    state = _read_json(
+        checkpoint / "trainer.json",
+        f"{checkpoint}: no checkpoint of a run (trainer.json is missing)",
+    )
+    return read_tensors(checkpoint / "trainer.safetensors"), state
+
+
+def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Writes a model and its tokenizer, for :func:`load_model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, tokenizer=tokenizer.save(folder))
+
+
+def load_model(folder: str | os.PathLike) -> tuple[LanguageModel, Tokenizer]:
+    """The model and tokenizer of a run (its best model where one was kept, else its last), of one
+    of its checkpoints, or of a folder in the layout of the transformers library."""
+    folder = find_model(Path(folder))
+    spec = read_config(folder).get("tokenizer")
+    if spec is None:
+        if not (folder / TOKENIZER_FILE).is_file():
+            raise ValueError(f"{folder}: no tokenizer here ({TOKENIZER_FILE} is missing)")
+        spec = TOKENIZER_FILE
+    model, tokenizer = from_pretrained(folder), load_tokenizer(spec, folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}: they don't belong together"
+        )
+    return model, tokenizer
+
+
+def find_model(folder: Path) -> Path:
+    """The folder of weights that ``folder``, perhaps a run, stands for."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if (folder / "run.json").is_file():
+        steps = list_steps(folder / "best") or list_steps(folder / "checkpoints")
+        if not steps:
+            raise ValueError(f"{folder}: this run has no checkpoint yet")
+        return steps[-1]
+    return folder
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors: ``KEY.PARAMETER``."""
+    return {
+        f"{key}.{name}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+
+
+def restore_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse; ``ValueError`` where the tensors are of another model."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        state.setdefault(name, {})[key] = value
+    parameters = dict(model.named_parameters())
+    if state.keys() != parameters.keys() or any(
+        v.dim() and v.shape != parameters[n].shape
+        for n, values in state.items()
+        for v in values.values()
+    ):
+        raise ValueError("the optimizer's state is of another model")
+    for name, p in parameters.items():
+        optimizer.state[p] = {
+            k: v if k == "step" else v.to(p.device) for k, v in state[name].items()
+        }

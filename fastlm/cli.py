@@ -1,0 +1,363 @@
+"""The command ``fastlm``: train, evaluate, generate, info."""
+
+import dataclasses
+import inspect
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"fastlm: the command line needs {error.name}: pip install 'fastlm[train]'"
+    ) from None
+
+from fastlm import checkpoint, data
+from fastlm import train as training
+from fastlm.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+from fastlm.display import TrainingDisplay
+from fastlm.tokenizer import text_stream
+
+RUNS = Path("runs")
+SAMPLE_PROMPT = "import os\n\n\ndef "  # for the default corpus
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Train language models on fused kernels, and use them.",
+)
+console = Console(highlight=False)
+
+
+def main() -> None:
+    """Runs the command line: one line and exit status 2 for bad usage or input, 130 when
+    interrupted."""
+    try:
+        code = app(_spread_lists(sys.argv[1:]), standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # typer's errors of usage know how to put themselves
+        if hasattr(error, "format_message"):
+            message = error.format_message() or "no command given"
+        elif isinstance(error, (ValueError, OSError)):
+            message = str(error)
+        else:
+            raise
+        print(f"fastlm: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code)
+
+
+def _spread_lists(arguments: list[str]) -> list[str]:
+    """Lets ``--data`` take several paths: ``--data A B`` becomes ``--data A --data B``."""
+    spread, values = [], 0
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            values = 1 if argument == "--data" else 0
+        elif values:
+            if values > 1:
+                spread.append("--data")
+            values += 1
+        spread.append(argument)
+    return spread
+
+
+# fastlm train
+
+
+def _train(
+    ctx: typer.Context,
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    prompt: str | None,
+    sample: int,
+    **given,
+) -> None:
+    """Train a model, then evaluate it and let it write a sample."""
+    if resume:
+        _refuse_given(ctx, given, overwrite)
+        folder = Path(out) if out else newest_run()
+        trainer = training.resume(folder)
+    else:
+        options = training.TrainOptions(**given)
+        folder = Path(out) if out else free_folder(options.model)
+        trainer = training.start(options, folder, overwrite=overwrite)
+    options, model = trainer.options, trainer.model
+    console.print(
+        f"{options.model}: {model.num_params():,} parameters, "
+        f"vocabulary {model.config.vocab_size}, "
+        f"{torch.get_num_threads()} threads; {len(trainer.corpus.train):,} training tokens; "
+        f"in {folder}",
+        soft_wrap=True,
+    )
+    try:
+        with TrainingDisplay(trainer, console) as display:
+            trainer.report = display.report
+            trainer.train()
+    except training.Interrupted:
+        console.print(
+            f"stopped after step {trainer.progress.step}; "
+            f"to go on: fastlm train --resume --out {folder}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    console.print(f"{trainer.progress.step} steps, {trainer.progress.seconds:.0f} s of training")
+    final_report(trainer, folder)
+    if sample:
+        if prompt is None:
+            prompt = SAMPLE_PROMPT if options.data is None else ""
+        console.rule("sample")
+        print_sample(
+            *checkpoint.load_model(folder),
+            prompt,
+            sample,
+            device=options.device,
+            temperature=0.8,
+            top_p=0.95,
+            seed=options.seed,
+        )
+
+
+def _refuse_given(ctx: typer.Context, given: dict, overwrite: bool) -> None:
+    changed = [name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+    if overwrite:
+        raise ValueError("--resume and --overwrite can't be given together")
+    if changed:
+        raise ValueError(
+            "--resume goes on with the run's own options; "
+            f"leave out --{changed[0].replace('_', '-')}"
+        )
+
+
+def _make_train_command() -> None:
+    """Registers ``train``: an option for each field of ``TrainOptions``, and the command's own."""
+
+    def option(name, kind, default, text):
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, typer.Option(help=text)],
+        )
+
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    ]
+    parameters += [
+        option(f.name, f.type, f.default, f.metadata["help"])
+        for f in dataclasses.fields(training.TrainOptions)
+    ]
+    parameters += [
+        option("out", str | None, None, "folder of the run [default: a new one in runs/]"),
+        option("resume", bool, False, "go on with the run in --out, or with the newest in runs/"),
+        option("overwrite", bool, False, "replace the run in --out"),
+        option("prompt", str | None, None, "what the sample begins with"),
+        option("sample", int, 400, "tokens of the sample at the end; 0: none"),
+    ]
+
+    def command(**values):
+        _train(**values)
+
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command("train", help=_train.__doc__)(command)
+
+
+_make_train_command()
+
+
+def free_folder(model: str) -> Path:
+    """``runs/MODEL``, or ``runs/MODEL-2`` and so on where that exists."""
+    folder, n = RUNS / model, 1
+    while folder.exists():
+        n += 1
+        folder = RUNS / f"{model}-{n}"
+    return folder
+
+
+def newest_run() -> Path:
+    runs = sorted(RUNS.glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise ValueError(f"{RUNS}/: there is no run to resume")
+    return runs[-1].parent
+
+
+def final_report(trainer: training.Trainer, folder: Path) -> None:
+    """Bits per byte of the whole validation text: the model's beside those of n-grams and gzip."""
+    corpus, options = trainer.corpus, trainer.options
+    model, _ = checkpoint.load_model(folder)
+    loss = training.evaluate(model.to(options.device), corpus.val, options.block_size)
+    table = Table(title=f"validation, {len(corpus.val_text):,} bytes", title_justify="left")
+    table.add_column("")
+    table.add_column("bits/byte", justify="right")
+    table.add_row(
+        f"[bold]{options.model}[/bold]",
+        f"[bold]{bits_per_byte(loss, corpus.val, corpus.val_text):.3f}[/bold]",
+    )
+    for name, bits in ngram_bits_per_byte(corpus.train_text, corpus.val_text).items():
+        table.add_row(name, f"{bits:.3f}")
+    table.add_row("gzip -9", f"{gzip_bits_per_byte(corpus.val_text):.3f}")
+    console.print(table)
+
+
+def bits_per_byte(loss: float, tokens, text) -> float:
+    """From a loss in nats a token over tokens (N,), of which N - 1 are predicted."""
+    return loss * (len(tokens) - 1) / len(text) / math.log(2)
+
+
+# fastlm evaluate, generate, info
+
+ModelFolder = Annotated[
+    str, typer.Argument(help="a run, one of its checkpoints, or a folder of a GPT-2 model")
+]
+
+
+@app.command()
+def evaluate(
+    model: ModelFolder,
+    data_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="text files or folders, evaluated whole [default: the held-out text of the run]",
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="tokens in a sequence [default: as trained]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="sequences in a pass")] = 16,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+) -> None:
+    """Loss, perplexity and bits per byte of a model."""
+    loaded, tokenizer = checkpoint.load_model(model)
+    for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if block_size is None:
+        block_size = _run_options(Path(model)).get("block_size") or loaded.max_length or 256
+    if loaded.max_length is not None and block_size > loaded.max_length:
+        raise ValueError(f"block_size is {block_size}, the model's context {loaded.max_length}")
+    tokens, text = data.encode_all(data_, tokenizer) if data_ else _held_out(Path(model), tokenizer)
+    start = time.perf_counter()
+    loss = training.evaluate(loaded.to(device), tokens, block_size, batch_size)
+    seconds = time.perf_counter() - start
+    for name, value in (
+        ("loss", f"{loss:.4f} nats/token"),
+        ("perplexity", f"{math.exp(loss):.4f}"),
+        ("bits per byte", f"{bits_per_byte(loss, tokens, text):.4f}"),
+        ("text", f"{len(text):,} bytes, {len(tokens) - 1:,} tokens"),
+        ("speed", f"{(len(tokens) - 1) / seconds:,.0f} tokens/s"),
+    ):
+        console.print(f"{name:<14} {value}")
+
+
+def _held_out(folder: Path, tokenizer):
+    """The validation split of the run that ``folder`` is or lies in."""
+    options = _run_options(folder)
+    if not options:
+        raise ValueError(f"{folder}: not of a run, so no text is held out; give one with --data")
+    corpus = data.prepare(
+        options["data"],
+        tokenizer,
+        block_size=1,
+        val_bytes=options["val_bytes"],
+        cache=options["cache"],
+    )
+    if corpus.key != options["corpus"]:
+        raise ValueError(f"{folder}: its corpus has changed since; give the text with --data")
+    return corpus.val, corpus.val_text
+
+
+def _run_options(folder: Path) -> dict:
+    """Those of the run that ``folder`` is or lies in; none where it isn't of a run."""
+    for candidate in (folder, *folder.absolute().parents[:2]):
+        if (candidate / "run.json").is_file():
+            return checkpoint.read_options(candidate)
+    return {}
+
+
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="texts to go on from [default: an empty one]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 400,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="draw from the k most probable tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw from the fewest tokens of so much probability")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="for the same text each time")] = None,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+) -> None:
+    """Text from a model, as it comes; several prompts run as one batch."""
+    loaded, tokenizer = checkpoint.load_model(model)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    prompts = prompts or [""]
+    if len(prompts) == 1:
+        print_sample(loaded, tokenizer, prompts[0], max_new_tokens, device=device, **options)
+        return
+    end = tokenizer.end_of_text
+    rows = loaded.to(device).generate(
+        [[end, *tokenizer.encode(p).tolist()] for p in prompts],
+        max_new_tokens,
+        stop_tokens=[end],
+        **options,
+    )
+    for prompt, row in zip(prompts, rows, strict=True):
+        console.rule()
+        console.out(prompt + tokenizer.decode(row))
+
+
+def print_sample(
+    model, tokenizer, prompt: str, max_new_tokens: int, *, device: str, **options
+) -> None:
+    """Prints a prompt, and what the model goes on with as it comes, to the end of the text."""
+    end = tokenizer.end_of_text
+    steps = model.to(device).stream(
+        [[end, *tokenizer.encode(prompt).tolist()]], max_new_tokens, stop_tokens=[end], **options
+    )
+    print(prompt, end="", flush=True)
+    for piece in text_stream(tokenizer, (row[0] for row in steps)):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def info() -> None:
+    """Versions, threads, instruction sets and backends, with the reason for each that is
+    missing."""
+    import fastlm
+    from fastlm import _C, ops
+
+    missing = ops.missing_backends()
+    rows = {
+        "fastlm": fastlm.__version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__} (built against {_C.torch_version}, with {_C.compiler})",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
+        "instruction set": f"{_C.isa()} (this CPU runs {', '.join(_C.isas())}; "
+        f"built in: {', '.join(_C.built_isas())})",
+    }
+    rows |= {
+        f"backend {name}": f"missing: {missing[name]}" if name in missing else "available"
+        for name in ops.BACKENDS
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<16} {value}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

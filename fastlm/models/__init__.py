@@ -1,0 +1,23 @@
+"""Language models built on fastlm's functions and modules."""
+
+import os
+
+from fastlm.models.base import LanguageModel, read_config
+from fastlm.models.gpt import GPT, GPTConfig
+from fastlm.models.gru_lm import GRULM, GRULMConfig
+
+MODELS: dict[str, type[LanguageModel]] = {"gpt": GPT, "gru": GRULM}
+
+__all__ = ["GPT", "GPTConfig", "GRULM", "GRULMConfig", "LanguageModel", "MODELS", "from_pretrained"]
+
+
+def from_pretrained(folder: str | os.PathLike) -> LanguageModel:
+    """Loads the model in ``folder``, whichever it is; ``ValueError`` where there is none that
+    fastlm has."""
+    model_type = read_config(folder).get("model_type")
+    for model in MODELS.values():
+        if model_type in model.accepted_types():
+            return model.from_pretrained(folder)
+    raise ValueError(
+        f"{folder}: holds a model of type {model_type!r}, expected one of {sorted(MODELS)}"
+    )

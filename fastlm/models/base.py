@@ -1,0 +1,147 @@
+"""What the language models share: counting, generating, saving and loading."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastlm import generate as decoding
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class LanguageModel(nn.Module):
+    """A model of the next token. Subclasses define ``config_class``, ``forward``, ``prefill`` and
+    ``decode`` (see ``fastlm/generate.py``) and put their config, a dataclass, in
+    ``self.config``."""
+
+    config_class: type
+    model_type: str
+    max_length: int | None = None
+
+    def num_params(self, embeddings: bool = True) -> int:
+        """Number of parameters, shared ones counted once; without ``embeddings``, those of the
+        input embeddings (an untied head counts) are left out."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            total -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        return total
+
+    def generate(self, prompts, max_new_tokens: int, **options) -> list[list[int]]:
+        """New tokens for each row of ``prompts``; see :func:`fastlm.generate.stream`."""
+        return decoding.generate(self, prompts, max_new_tokens, **options)
+
+    def stream(self, prompts, max_new_tokens: int, **options):
+        """Like :meth:`generate`, yielding a step at a time."""
+        return decoding.stream(self, prompts, max_new_tokens, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike, **extra) -> None:
+        """Writes ``config.json`` (with ``extra`` entries) and ``model.safetensors`` into
+        ``folder``, each replaced only by a whole new file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": self.model_type, **dataclasses.asdict(self.config), **extra}
+        seen, tensors = set(), {}
+        for name, tensor in self.state_dict().items():
+            if tensor.data_ptr() not in seen or not tensor.numel():  # a tied weight is kept once
+                seen.add(tensor.data_ptr())
+                tensors[name] = tensor.detach().contiguous()
+        write_tensors(folder / WEIGHTS, tensors)
+        write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "LanguageModel":
+        """Loads what :meth:`save_pretrained` wrote. ``ValueError`` where a file is missing, damaged
+        or of another model."""
+        config = read_config(folder)
+        if config.get("model_type", cls.model_type) not in cls.accepted_types():
+            raise ValueError(
+                f"{folder}: holds a model of type {config['model_type']!r}, "
+                f"expected {cls.model_type!r}"
+            )
+        model = cls(cls.config_from_dict(config))
+        model.load_weights(Path(folder) / WEIGHTS)
+        return model.eval()
+
+    @classmethod
+    def accepted_types(cls) -> tuple[str, ...]:
+        return (cls.model_type,)
+
+    @classmethod
+    def config_from_dict(cls, values: dict):
+        names = {field.name for field in dataclasses.fields(cls.config_class)}
+        return cls.config_class(**{k: v for k, v in values.items() if k in names})
+
+    def load_weights(self, path: str | os.PathLike) -> None:
+        """Copies the tensors of a safetensors file into the model; ``ValueError`` where the file is
+        damaged or holds other names or shapes."""
+        tensors = read_tensors(path)
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a checkpoint of this model: {error}") from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Puts ``content`` at ``path`` so that a crash at any moment leaves the old file or the new
+    one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file as :func:`write_file` does."""
+    from safetensors.torch import save
+
+    write_file(path, save(tensors, metadata={"format": "pt"}))
+
+
+def read_config(folder: str | os.PathLike) -> dict:
+    """The ``config.json`` of a model folder; ``ValueError`` where it is missing or damaged."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no model here ({CONFIG} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; ``ValueError`` where it is missing, truncated or not
+    one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+
+
+def check_tokens(name: str, idx: Tensor, targets: Tensor | None, limit: int | None) -> None:
+    """Raises ``ValueError`` unless ``idx`` is (B, T) whole numbers, T within ``limit``, and
+    ``targets``, if any, has its shape."""
+    if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name}: idx must be (B, T) of int64 or int32, got {tuple(idx.shape)} of {idx.dtype}"
+        )
+    if limit is not None and idx.shape[1] > limit:
+        raise ValueError(f"{name}: idx has {idx.shape[1]} tokens, the model's context is {limit}")
+    if targets is not None and targets.shape != idx.shape:
+        raise ValueError(
+            f"{name}: targets must have the shape of idx, {tuple(idx.shape)}, "
+            f"got {tuple(targets.shape)}"
+        )

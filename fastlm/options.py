@@ -1,0 +1,128 @@
+"""The options of a training run."""
+
+import math
+from dataclasses import dataclass, field
+
+from fastlm.models import MODELS
+
+# What a model has by default: sizes for a few minutes on a small CPU. Options override it.
+PRESETS = {
+    "gpt": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 192,
+        "bias": False,
+        "pos": "rope",
+        "norm": "rmsnorm",
+        "mlp": "swiglu",
+        "dropout": 0.0,
+        "lr": 3e-3,
+    },
+    "gru": {"n_layer": 1, "n_embd": 128, "n_hidden": 512, "dropout": 0.0, "lr": 3e-3},
+}
+DEFAULT_SECONDS = 100
+_OF_MODEL = {
+    "gpt": {"n_layer", "n_head", "n_kv_head", "n_embd", "pos", "norm", "mlp", "dropout"},
+    "gru": {"n_layer", "n_embd", "n_hidden", "dropout"},
+}
+_POSITIVE = (
+    "val_bytes", "block_size", "batch_size", "accumulate", "lr", "warmup", "max_steps",
+    "max_seconds", "eval_every", "eval_blocks", "save_every", "patience", "threads",
+)  # fmt: skip
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainOptions:
+    """Options of a run, and those of ``fastlm train``. ``None`` for the model's sizes means its
+    preset's."""
+
+    model: str = _option("gpt", "gpt or gru")
+    data: list[str] | None = _option(
+        None, "text files or folders [default: the source of Python's standard library]"
+    )
+    tokenizer: str = _option(
+        "bytes", "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME"
+    )
+    val_bytes: int | None = _option(
+        None, "about how much text to hold out [default: 5%, at most 256 KiB]"
+    )
+    cache: str | None = _option(None, "folder of token files [default: ~/.cache/fastlm]")
+    init: str | None = _option(None, "folder of a model to start from, instead of fresh weights")
+    n_layer: int | None = _option(None, "layers")
+    n_head: int | None = _option(None, "attention heads (gpt)")
+    n_kv_head: int | None = _option(None, "key and value heads (gpt)")
+    n_embd: int | None = _option(None, "width (gpt), or of the embedding (gru)")
+    n_hidden: int | None = _option(None, "hidden units (gru)")
+    pos: str | None = _option(None, "learned or rope (gpt)")
+    norm: str | None = _option(None, "layernorm or rmsnorm (gpt)")
+    mlp: str | None = _option(None, "gelu or swiglu (gpt)")
+    tie: bool = _option(
+        True, "share the weights of embedding and head (gru: where their widths agree)"
+    )
+    dropout: float | None = _option(None, "dropout rate")
+    block_size: int = _option(256, "tokens in a sequence")
+    batch_size: int = _option(8, "sequences in a pass")
+    accumulate: int = _option(1, "passes in a step")
+    lr: float | None = _option(None, "highest learning rate")
+    min_lr: float = _option(0.02, "last learning rate, as a share of the highest")
+    warmup: int = _option(50, "steps of linear warm-up")
+    weight_decay: float = _option(0.1, "of matrices; vectors have none")
+    beta1: float = _option(0.9, "AdamW's decay of the mean")
+    beta2: float = _option(0.95, "AdamW's decay of the square")
+    clip: float = _option(1.0, "largest norm of the gradient; 0: no limit")
+    max_steps: int | None = _option(None, "steps to train")
+    max_seconds: float | None = _option(
+        None,
+        "seconds to train instead: sets the number of steps from their speed "
+        f"[default: {DEFAULT_SECONDS}, where no steps are given]",
+    )
+    eval_every: int = _option(100, "steps between evaluations")
+    eval_blocks: int = _option(64, "blocks of the validation text in these")
+    save_every: int = _option(100, "steps between checkpoints")
+    patience: int | None = _option(
+        None, "stop after so many evaluations in a row without a new best"
+    )
+    seed: int = _option(0, "of weights, data order and dropout")
+    dtype: str = _option("float32", "float32, or bfloat16 (autocast)")
+    device: str = _option("cpu", "torch device")
+    threads: int | None = _option(None, "CPU threads [default: torch's choice]")
+    tensorboard: bool = _option(True, "write TensorBoard logs")
+
+    def __post_init__(self):
+        self._check_ranges()
+        self._check_combination()
+        if self.lr is None:
+            self.lr = PRESETS[self.model]["lr"]
+        if self.max_steps is None and self.max_seconds is None:
+            self.max_seconds = DEFAULT_SECONDS
+
+    def _check_ranges(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("min_lr", "weight_decay", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def _check_combination(self) -> None:
+        if self.max_steps is not None and self.max_seconds is not None:
+            raise ValueError("max_steps and max_seconds can't be given together")
+        for name in set().union(*_OF_MODEL.values()):
+            if getattr(self, name) is None:
+                continue
+            if self.init is not None:
+                raise ValueError(f"{name} can't be given with init, whose model has its own")
+            if name not in _OF_MODEL[self.model]:
+                raise ValueError(f"{name} is no option of model {self.model!r}")

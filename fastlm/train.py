@@ -1,0 +1,390 @@
+"""Training: one loop for every model.
+
+The whole state is the parameters, AdamW's moments, torch's random state and the number of the step;
+the data's order is a function of the seed and the step. A checkpoint holds all of it, so a run that
+was killed and resumed goes on bit by bit as if it had not been.
+
+Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW) and 2017, arXiv:1608.03983 (cosine).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastlm import checkpoint
+from fastlm.data import Corpus, evaluation_batches, prepare, training_batch
+from fastlm.models import MODELS, LanguageModel
+from fastlm.options import PRESETS, TrainOptions
+from fastlm.tokenizer import Tokenizer, load_tokenizer
+
+TIMED_STEPS = 20  # the first plan of a timed run is made after so many
+
+
+def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
+    """The model that the options describe, with fresh weights or those of ``options.init``."""
+    if options.init is not None:
+        model, own = checkpoint.load_model(options.init)
+        if own.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{options.init}: this model was trained with another tokenizer "
+                f"than {options.tokenizer}"
+            )
+        if model.model_type != options.model:
+            raise ValueError(
+                f"{options.init}: this is a {model.model_type}, give --model {model.model_type}"
+            )
+        if model.max_length is not None and options.block_size > model.max_length:
+            raise ValueError(
+                f"{options.init}: its context is {model.max_length}, "
+                f"block_size is {options.block_size}"
+            )
+        return model
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    values = PRESETS[options.model] | {k: v for k, v in given.items() if v is not None}
+    values |= {
+        "vocab_size": tokenizer.vocab_size,
+        "tie_word_embeddings": options.tie,
+        "n_positions": options.block_size,
+    }
+    if options.model == "gpt":
+        values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), values["dropout"])
+    else:
+        values["tie_word_embeddings"] = options.tie and values["n_embd"] == values["n_hidden"]
+    return MODELS[options.model](MODELS[options.model].config_from_dict(values))
+
+
+def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (biases, norms) don't."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, tokens, block_size: int, batch_size: int = 16, limit: int | None = None
+) -> float:
+    """Mean loss in nats a token over ``tokens`` (N,), each after the first predicted once within
+    its block; with ``limit``, over so many blocks of it."""
+    device = next(model.parameters()).device
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    for idx, targets in evaluation_batches(tokens, block_size, batch_size, limit):
+        n = int((targets >= 0).sum())
+        total += model(idx.to(device), targets.to(device)).item() * n
+        count += n
+    model.train(training)
+    return total / count
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and has saved a checkpoint."""
+
+
+@dataclass
+class Progress:
+    """What a run needs to go on, besides tensors.
+
+    A timed run plans its number of steps from its speed, and again at each checkpoint, never in
+    between: a resumed run follows the plan that it was killed under. A new plan keeps the share of
+    the schedule that is done and spreads the rest over the steps left.
+    """
+
+    step: int = 0  # steps done
+    max_steps: int | None = None  # None: no plan yet
+    plan_step: int = 0  # step of the last plan
+    plan_done: float = 0.0  # share of the schedule that was done then
+    plan_seconds: float = 0.0
+    seconds: float = 0.0  # spent training so far
+    best_loss: float | None = None
+    bad_evaluations: int = 0
+    stopped: bool = False  # early, for want of progress or of time
+
+    def done(self) -> float:
+        """Share of the schedule that is done, 0 to 1."""
+        if self.max_steps is None or self.max_steps <= self.plan_step:
+            return self.plan_done
+        share = (self.step - self.plan_step) / (self.max_steps - self.plan_step)
+        return self.plan_done + (1 - self.plan_done) * share
+
+    def plan(self, limit: float) -> None:
+        """Sets the number of steps to what fits ``limit`` seconds at the speed since the last
+        plan."""
+        steps = self.step - self.plan_step
+        if steps == 0:
+            return
+        left = (limit - self.seconds) * steps / (self.seconds - self.plan_seconds)
+        self.plan_done, self.plan_step, self.plan_seconds = self.done(), self.step, self.seconds
+        self.max_steps = self.step + max(0, math.floor(left))
+
+
+def learning_rate(options: TrainOptions, progress: Progress) -> float:
+    """Of the next step: a cosine from ``lr`` down to ``min_lr`` of it, times a linear warm-up."""
+    cosine = (1 + math.cos(math.pi * progress.done())) / 2
+    share = options.min_lr + (1 - options.min_lr) * cosine
+    return options.lr * share * min(1.0, (progress.step + 1) / options.warmup)
+
+
+class Trainer:
+    """Trains one model. ``report(kind, values)`` is called with "step" and "eval" records as they
+    are written to the metrics file."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        model: LanguageModel,
+        run: checkpoint.Run,
+        report: Callable[[str, dict], None] = lambda kind, values: None,
+    ):
+        self.options, self.run, self.report = options, run, report
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.model = model.to(options.device).train()
+        self.optimizer = make_optimizer(self.model, options)
+        self.progress = Progress(max_steps=options.max_steps)
+        self.bytes_per_token = len(corpus.val_text) / (len(corpus.val) - 1)
+        self.interrupted = False
+        self.writer = None
+
+    # Checkpoints
+
+    def save(self) -> None:
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+        tensors = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.options.device.startswith("cuda"):
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        self.run.save(
+            self.progress.step,
+            self.model,
+            self.tokenizer,
+            tensors,
+            dataclasses.asdict(self.progress),
+        )
+
+    def load(self, folder: Path) -> None:
+        """Goes back to a checkpoint; ``ValueError`` where it is damaged or of another model."""
+        tensors, state = checkpoint.load_state(folder)
+        random = {key: tensors.pop(key, None) for key in ("random.cpu", "random.cuda")}
+        self.model.load_weights(folder / "model.safetensors")
+        try:
+            progress = Progress(**state)
+            checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
+            torch.set_rng_state(random["random.cpu"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}: not a checkpoint of this run: {error}") from None
+        if random["random.cuda"] is not None and self.options.device.startswith("cuda"):
+            torch.cuda.set_rng_state(random["random.cuda"])
+        self.progress = progress
+
+    # The loop
+
+    def train(self) -> None:
+        """Trains to the end, or raises :class:`Interrupted` after SIGINT or SIGTERM."""
+        self._open_logs()
+        self.began, self.seconds_before = time.perf_counter(), self.progress.seconds
+        catchable = threading.current_thread() is threading.main_thread()
+        handlers = {
+            s: signal.signal(s, self._interrupt)
+            for s in (signal.SIGINT, signal.SIGTERM)
+            if catchable
+        }
+        try:
+            while not self.progress.stopped and self.progress.step != self.progress.max_steps:
+                self._step()
+                if self._due(self.options.eval_every):
+                    self._evaluate()
+                if self.interrupted or self._due(self.options.save_every) or self._first_plan_due():
+                    self._plan()
+                    self.save()
+                if self.interrupted:
+                    raise Interrupted
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            self.metrics.close()
+            if self.writer is not None:
+                self.writer.close()
+
+    def _due(self, every: int) -> bool:
+        progress = self.progress
+        return progress.step % every == 0 or progress.step == progress.max_steps or progress.stopped
+
+    def _first_plan_due(self) -> bool:
+        """A slow model is planned earlier, while there is time left to plan."""
+        progress = self.progress
+        return progress.max_steps is None and (
+            progress.step >= TIMED_STEPS or progress.seconds > self.options.max_seconds / 5
+        )
+
+    def _plan(self) -> None:
+        progress, limit = self.progress, self.options.max_seconds
+        if limit is not None and not progress.stopped and progress.step != progress.max_steps:
+            progress.plan(limit)
+            progress.stopped = progress.step >= progress.max_steps
+
+    def _interrupt(self, *unused) -> None:
+        self.interrupted = True
+
+    def _step(self) -> None:
+        start, progress = time.perf_counter(), self.progress
+        lr = learning_rate(self.options, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._accumulate_gradients()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {progress.step + 1}: try a smaller lr. The last "
+                f"checkpoint in {self.run.folder} is from before"
+            )
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.options.clip or math.inf
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
+        progress.step += 1
+        progress.seconds = self.seconds_before + time.perf_counter() - self.began
+        self._log("step", loss=loss, grad_norm=norm.item(), lr=lr, seconds=seconds)
+
+    def _accumulate_gradients(self) -> float:
+        options, total = self.options, 0.0
+        for i in range(options.accumulate):
+            first = (self.progress.step * options.accumulate + i) * options.batch_size
+            batch = training_batch(
+                self.corpus.train, options.block_size, options.batch_size, first, options.seed
+            )
+            idx, targets = (t.to(options.device) for t in batch)
+            with torch.autocast(
+                idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"
+            ):
+                loss = self.model(idx, targets) / options.accumulate
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _evaluate(self) -> None:
+        options, progress = self.options, self.progress
+        loss = evaluate(self.model, self.corpus.val, options.block_size, limit=options.eval_blocks)
+        if options.patience is not None:
+            if progress.best_loss is None or loss < progress.best_loss:
+                progress.best_loss, progress.bad_evaluations = loss, 0
+                self.run.save_best(progress.step, self.model, self.tokenizer)
+            else:
+                progress.bad_evaluations += 1
+                progress.stopped = progress.bad_evaluations >= options.patience
+        self._log("eval", loss=loss, bits_per_byte=loss / math.log(2) / self.bytes_per_token)
+
+    # Logs
+
+    def _open_logs(self) -> None:
+        """Opens the logs, without what a killed run wrote after its last checkpoint."""
+        path, step = self.run.folder / "metrics.jsonl", self.progress.step
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # cut off by the kill
+                    break
+                if record["step"] > step:
+                    break
+                kept.append(line + "\n")
+        checkpoint.write_file(path, "".join(kept).encode())
+        self.metrics = open(path, "a")
+        if self.options.tensorboard:
+            self.writer = _summary_writer()(self.run.folder / "tensorboard", purge_step=step + 1)
+
+    def _log(self, kind: str, **values: float) -> None:
+        record = {"step": self.progress.step, "kind": kind, **values}
+        self.metrics.write(json.dumps(record) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, self.progress.step)
+        self.report(kind, record | {"max_steps": self.progress.max_steps})
+
+
+def start(
+    options: TrainOptions,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    report=lambda kind, values: None,
+) -> Trainer:
+    """A trainer for a new run in ``folder``; nothing there is touched before all options are found
+    good."""
+    checkpoint.check_free(folder, overwrite)
+    trainer_parts = _parts(options)
+    record = dataclasses.asdict(options) | {
+        "corpus": trainer_parts[0].key,
+        "threads": torch.get_num_threads(),
+    }
+    return Trainer(
+        options, *trainer_parts, checkpoint.Run.create(folder, record, overwrite), report
+    )
+
+
+def resume(folder: Path, report=lambda kind, values: None) -> Trainer:
+    """A trainer that goes on with the run in ``folder`` from its last checkpoint, or from its
+    start."""
+    run, record = checkpoint.Run.open(folder), checkpoint.read_options(folder)
+    key = record.pop("corpus", None)
+    try:
+        options = TrainOptions(**record)
+    except TypeError as error:
+        raise ValueError(f"{folder / 'run.json'}: damaged: {error}") from None
+    corpus, tokenizer, model = _parts(options)
+    if corpus.key != key:
+        raise ValueError(f"{folder}: the corpus or the tokenizer has changed since this run began")
+    trainer = Trainer(options, corpus, tokenizer, model, run, report)
+    steps = checkpoint.list_steps(folder / "checkpoints")
+    if steps:
+        trainer.load(steps[-1])
+    return trainer
+
+
+def _summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "TensorBoard isn't installed: pip install tensorboard, or give --no-tensorboard"
+        ) from None
+    return SummaryWriter
+
+
+def _parts(options: TrainOptions) -> tuple[Corpus, Tokenizer, LanguageModel]:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.tensorboard:
+        _summary_writer()
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {options.device!r}: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(options.tokenizer)
+    corpus = prepare(
+        options.data,
+        tokenizer,
+        block_size=options.block_size,
+        val_bytes=options.val_bytes,
+        cache=options.cache,
+    )
+    torch.manual_seed(options.seed)
+    return corpus, tokenizer, build_model(options, tokenizer)
