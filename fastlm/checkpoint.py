@@ -46,10 +46,12 @@ class Run:
         check_free(folder, overwrite)
         if folder.exists():
             run = cls(folder)
-            for entry in folder.iterdir():
-                shutil.rmtree(
-                    entry
-                ) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            # run.json goes last: until then the folder can be recognised as a run.
+            for entry in sorted(folder.iterdir(), key=lambda path: path.name == "run.json"):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
             run._lock.close()
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "run.json", (json.dumps(options, indent=2) + "\n").encode())

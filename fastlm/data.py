@@ -84,7 +84,9 @@ def list_documents(paths: Sequence[str | os.PathLike] | None = None) -> list[Doc
     is left."""
     if paths is None:
         root = Path(sysconfig.get_path("stdlib"))
-        documents = [d for d in _walk(root, _NOT_LIBRARY) if d.path.suffix == ".py"]
+        documents = [
+            d for d in _walk(root, _NOT_LIBRARY) if d.path.suffix == ".py" and _is_text(d.path)
+        ]
         return _check_found(documents, [root])
     documents = []
     for path in map(Path, paths):
@@ -169,9 +171,8 @@ def encode_all(
     texts = [text for document in list_documents(paths) if (text := document.read())]
     end = np.array([tokenizer.end_of_text], np.uint32)
     parts = [part for text in texts for part in (tokenizer.encode(text), end)]
-    return np.concatenate([end, *parts]), np.frombuffer(
-        "".join(f"{t}\0" for t in texts).encode(), np.uint8
-    )
+    raw = "".join(f"{text}\0" for text in texts).encode()
+    return np.concatenate([end, *parts]), np.frombuffer(raw, np.uint8)
 
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:
@@ -186,9 +187,8 @@ def _split(documents: list[Document], sizes: list[int], val_bytes: int | None):
     wanted = min(sum(sizes) // 20, MAX_VALIDATION) if val_bytes is None else val_bytes
     if len(documents) >= 20:
         chosen, total = set(), 0
-        for i in sorted(
-            range(len(documents)), key=lambda i: hashlib.sha256(documents[i].name.encode()).digest()
-        ):
+        hashes = [hashlib.sha256(document.name.encode()).digest() for document in documents]
+        for i in sorted(range(len(documents)), key=hashes.__getitem__):
             if 0 < sizes[i] <= wanted // 4 and total < wanted:
                 chosen.add(i)
                 total += sizes[i]
@@ -197,7 +197,7 @@ def _split(documents: list[Document], sizes: list[int], val_bytes: int | None):
                 lambda: (d.read() for i, d in enumerate(documents) if i not in chosen),
                 lambda: (d.read() for i, d in enumerate(documents) if i in chosen),
             )
-    share = wanted / sum(sizes)
+    share = min(1.0, wanted / sum(sizes))
     return (
         lambda: (_cut(d.read(), share)[0] for d in documents),
         lambda: (_cut(d.read(), share)[1] for d in documents),

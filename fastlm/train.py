@@ -199,12 +199,9 @@ class Trainer:
         """Trains to the end, or raises :class:`Interrupted` after SIGINT or SIGTERM."""
         self._open_logs()
         self.began, self.seconds_before = time.perf_counter(), self.progress.seconds
-        catchable = threading.current_thread() is threading.main_thread()
-        handlers = {
-            s: signal.signal(s, self._interrupt)
-            for s in (signal.SIGINT, signal.SIGTERM)
-            if catchable
-        }
+        in_main = threading.current_thread() is threading.main_thread()  # else none may be set
+        signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        handlers = {s: signal.signal(s, self._interrupt) for s in signals}
         try:
             while not self.progress.stopped and self.progress.step != self.progress.max_steps:
                 self._step()
