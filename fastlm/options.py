@@ -10,21 +10,32 @@ PRESETS = {
     "gpt": {
         "n_layer": 4,
         "n_head": 4,
-        "n_embd": 192,
+        "n_embd": 128,
         "bias": False,
         "pos": "rope",
         "norm": "rmsnorm",
         "mlp": "swiglu",
+        "initializer_range": 0.06,  # GPT-2's 0.02 is for a width of 768 and up: learns later here
         "dropout": 0.0,
         "lr": 3e-3,
+        "batch_size": 4,
     },
-    "gru": {"n_layer": 1, "n_embd": 128, "n_hidden": 512, "dropout": 0.0, "lr": 3e-3},
+    "gru": {
+        "n_layer": 1,
+        "n_embd": 128,
+        "n_hidden": 384,
+        "dropout": 0.0,
+        "lr": 3e-3,
+        "batch_size": 8,
+    },
 }
 DEFAULT_SECONDS = 100
 _OF_MODEL = {
     "gpt": {"n_layer", "n_head", "n_kv_head", "n_embd", "pos", "norm", "mlp", "dropout"},
-    "gru": {"n_layer", "n_embd", "n_hidden", "dropout"},
-}
+    "gru": {
+        "n_layer", "n_embd", "n_hidden", "dropout", "zoneout", "recurrent_dropout", "layer_norm",
+    },
+}  # fmt: skip
 _POSITIVE = (
     "val_bytes", "block_size", "batch_size", "accumulate", "lr", "warmup", "max_steps",
     "max_seconds", "eval_every", "eval_blocks", "save_every", "patience", "threads",
@@ -60,12 +71,15 @@ class TrainOptions:
     pos: str | None = _option(None, "learned or rope (gpt)")
     norm: str | None = _option(None, "layernorm or rmsnorm (gpt)")
     mlp: str | None = _option(None, "gelu or swiglu (gpt)")
+    zoneout: float | None = _option(None, "share of hidden units kept at a step (gru)")
+    recurrent_dropout: float | None = _option(None, "dropped share of recurrent weights (gru)")
+    layer_norm: bool | None = _option(None, "layer norm in the gates (gru)")
     tie: bool = _option(
         True, "share the weights of embedding and head (gru: where their widths agree)"
     )
     dropout: float | None = _option(None, "dropout rate")
     block_size: int = _option(256, "tokens in a sequence")
-    batch_size: int = _option(8, "sequences in a pass")
+    batch_size: int | None = _option(None, "sequences in a pass [default: gpt 4, gru 8]")
     accumulate: int = _option(1, "passes in a step")
     lr: float | None = _option(None, "highest learning rate")
     min_lr: float = _option(0.02, "last learning rate, as a share of the highest")
@@ -95,8 +109,9 @@ class TrainOptions:
     def __post_init__(self):
         self._check_ranges()
         self._check_combination()
-        if self.lr is None:
-            self.lr = PRESETS[self.model]["lr"]
+        for name in ("lr", "batch_size"):
+            if getattr(self, name) is None:
+                setattr(self, name, PRESETS[self.model][name])
         if self.max_steps is None and self.max_seconds is None:
             self.max_seconds = DEFAULT_SECONDS
 

@@ -28,6 +28,9 @@ class GRULMConfig:
     n_hidden: int = 512
     n_layer: int = 2
     dropout: float = 0.1  # of embeddings, between layers and before the head
+    zoneout: float = 0.0  # share of units that keep their state at a step
+    recurrent_dropout: float = 0.0  # dropped share of the recurrent weights
+    layer_norm: bool = False  # in the gates
     tie_word_embeddings: bool = False  # the head is the embedding matrix; needs n_embd == n_hidden
 
     def __post_init__(self):
@@ -36,8 +39,11 @@ class GRULMConfig:
                 raise ValueError(
                     f"GRULMConfig: {name} must be a whole number >= 1, got {getattr(self, name)!r}"
                 )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"GRULMConfig: dropout must be in [0, 1), got {self.dropout!r}")
+        for name in ("dropout", "zoneout", "recurrent_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"GRULMConfig: {name} must be in [0, 1), got {getattr(self, name)!r}"
+                )
         if self.tie_word_embeddings and self.n_embd != self.n_hidden:
             raise ValueError(
                 "GRULMConfig: tie_word_embeddings needs n_embd == n_hidden, "
@@ -68,6 +74,9 @@ class GRULM(LanguageModel):
             config.n_layer,
             batch_first=True,
             dropout=config.dropout if config.n_layer > 1 else 0.0,
+            zoneout=config.zoneout,
+            recurrent_dropout=config.recurrent_dropout,
+            layer_norm=config.layer_norm,
         )
         self.head = nn.Linear(config.n_hidden, config.vocab_size)
         if config.tie_word_embeddings:
@@ -76,19 +85,20 @@ class GRULM(LanguageModel):
         self.register_load_state_dict_pre_hook(_restore_tied_head)
 
     def reset_parameters(self) -> None:
-        """Embeddings as GPT-2's or, where tied, small enough for a head; orthogonal recurrent
+        """Embeddings standard normal or, where tied, small enough for a head; orthogonal recurrent
         weights (one block a gate), Xavier input weights, biases 0."""
         nn.init.normal_(
             self.embedding.weight,
             std=self.config.n_hidden**-0.5 if self.config.tie_word_embeddings else 1.0,
         )
+        self.gru.reset_parameters()
         for name, p in self.gru.named_parameters():
             for gate in p.chunk(3):
                 if name.startswith("weight_hh"):
                     nn.init.orthogonal_(gate)
                 elif name.startswith("weight_ih"):
                     nn.init.xavier_uniform_(gate)
-                else:
+                elif name.startswith("bias"):
                     nn.init.zeros_(gate)
         if not self.config.tie_word_embeddings:
             nn.init.normal_(self.head.weight, std=self.config.n_hidden**-0.5)
