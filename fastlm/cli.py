@@ -50,7 +50,7 @@ def main() -> None:
         if hasattr(error, "format_message"):
             message = error.format_message() or "no command given"
         elif isinstance(error, (ValueError, OSError)):
-            message = str(error)
+            message = " ".join(str(error).split())
         else:
             raise
         print(f"fastlm: error: {message}", file=sys.stderr)

@@ -82,7 +82,11 @@ class LanguageModel(nn.Module):
         try:
             self.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a checkpoint of this model: {error}") from None
+            first, *rest = (line.strip() for line in str(error).splitlines()[1:])
+            more = f", and {len(rest)} more" if rest else ""
+            raise ValueError(
+                f"{path}: not a checkpoint of this model: {first[:200]}{more}"
+            ) from None
 
 
 def write_file(path: Path, content: bytes) -> None:
