@@ -14,6 +14,8 @@ fastlm::gru_layer_backward(grad_output, grad_hn, ...) -> (grad_input, grad_hx, g
     grad_output and grad_hn may be None; grad_input and grad_weights are empty unless wanted
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ _backward = torch.ops.fastlm.gru_layer_backward.default
 def _(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save):
     D, B, H = hx.shape
     rows = input.shape[:-1]
-    N = rows.numel()
+    N = math.prod(rows)  # rows.numel() would fix the sizes of a dynamic shape
     compute = reference.compute_dtype(input.dtype)
     norms = D if save and layer_norm else 0
     return (
