@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from fastlm import reference
@@ -484,7 +485,8 @@ def _autocast(x: Tensor) -> torch.dtype | None:
 def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type not in ("cpu", "meta"):
         raise RuntimeError("fastlm.gru: batch_sizes must be an int64 vector on the CPU")
-    if torch.compiler.is_compiling() or batch_sizes.device.type == "meta":
+    symbolic = torch.compiler.is_compiling() or isinstance(batch_sizes, FakeTensor)
+    if symbolic or batch_sizes.device.type == "meta":
         return  # the values are not known; the kernel checks them
     if batch_sizes.shape[0] == 0:
         raise RuntimeError("fastlm.gru: batch_sizes is empty, expected at least one time step")
@@ -628,6 +630,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
     I, H = input.shape[-1], hx.shape[2]
     if packed:
         _check_batch_sizes(batch_sizes, input.shape[0], hx.shape[1])
+        batch_sizes = batch_sizes.contiguous()
     else:
         T, B = input.shape[:2]
         if T == 0:

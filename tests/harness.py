@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 # summation in fp64 and fp32, one more rounding in the storage types. The fp64 reference is
 # itself no better than float64, hence the many ulps there.
 FLOOR_ULPS = {torch.float64: 4096, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
-# rtol + atol of torch.testing.assert_close, relative to the result's scale.
+# rtol + atol of torch.testing.assert_close, relative to the result's scale; for float16 the 2 ulps
+# that bfloat16 has there, not 1.
 TOLERANCE = {
     torch.float64: 2e-7,
     torch.float32: 1.13e-5,
     torch.bfloat16: 1.6e-2,
-    torch.float16: 1e-3,
+    torch.float16: 2e-3,
 }
 
 

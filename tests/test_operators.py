@@ -61,12 +61,17 @@ def bits(x):
     return x.detach().contiguous().view(widths[x.element_size()]) if x.is_floating_point() else x
 
 
+def lay(x, layout):
+    """Integer tensors stay as they are where the layout would change their values."""
+    return x if layout == "expanded" and not x.is_floating_point() else Draw.lay(x, layout)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @every_case
 def test_any_memory_layout(operator, case, layout):
     """The same values in another layout give the same result."""
     dtype = case.dtypes[min(1, len(case.dtypes) - 1)]
-    laid = map_tensors(lambda x: Draw.lay(x, layout), case.build(dtype, 0))
+    laid = map_tensors(lambda x: lay(x, layout), case.build(dtype, 0))
     plain = map_tensors(lambda x: x.clone(memory_format=torch.contiguous_format), laid)
     outputs, gradients, cotangents = run(operator.function, laid, 0)
     expected, expected_gradients, _ = run(operator.function, plain, 0, cotangents)
