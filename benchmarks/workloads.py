@@ -1,0 +1,134 @@
+"""What is measured and who competes: the operators on their shapes, and the models' training
+steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from harness import cotangents_for, differentiable, map_tensors, tensors_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastlm
+import fastlm.reference
+from benchmarks.shapes import SHAPES, Draw
+from benchmarks.training_step import STEPS, TrainingStep
+
+EAGER, UNFUSED, COMPILED, FASTLM = "eager", "eager unfused", "torch.compile", "fastlm"
+FORWARD, BOTH = "forward", "forward+backward"
+DTYPES = (torch.float32, torch.bfloat16)
+# What fastlm's functions are drop-ins for.
+ORIGINALS = {
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
+    "gru": torch._VF.gru,
+    "cross_entropy": F.cross_entropy,
+    "linear_cross_entropy": F.linear_cross_entropy,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One shape and dtype of an operator. `problem()` makes its inputs anew, always the same."""
+
+    operator: str
+    shape: str
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}/{self.shape}/{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        if self.operator == TrainingStep.operator:
+            return TrainingStep.contenders
+        if self.operator == "scaled_dot_product_attention":
+            return (EAGER, UNFUSED, COMPILED, FASTLM)
+        return (EAGER, COMPILED, FASTLM)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The passes that its problem may have."""
+        return TrainingStep.kinds if self.operator == TrainingStep.operator else (FORWARD, BOTH)
+
+    def problem(self):
+        if self.operator == TrainingStep.operator:
+            return TrainingStep(self.shape, self.dtype)
+        return OperatorProblem(self.operator, self.shape, self.dtype)
+
+
+def workloads() -> list[Workload]:
+    pairs = [(operator, shape.name) for operator, shapes in SHAPES.items() for shape in shapes]
+    pairs += [(TrainingStep.operator, name) for name in STEPS]
+    return [Workload(operator, name, dtype) for operator, name in pairs for dtype in DTYPES]
+
+
+class OperatorProblem:
+    """An operator's inputs in memory, and the functions that compete on them.
+
+    kinds: "forward" and, where an input wants a gradient, "forward+backward".
+    floor: kind -> (operations, bytes).
+    stateful: nothing lives from call to call.
+    """
+
+    stateful = False
+
+    def __init__(self, operator: str, name: str, dtype: torch.dtype):
+        self.operator, self.dtype = operator, dtype
+        shape = next(s for s in SHAPES[operator] if s.name == name)
+        self.arguments = shape.arguments(Draw(dtype))
+        self.inputs = differentiable(self.arguments)
+        self.kinds = (FORWARD, BOTH) if self.inputs else (FORWARD,)
+        forward, backward = shape.floor(dtype.itemsize)
+        both = tuple(a + b for a, b in zip(forward, backward, strict=True))
+        self.floor = {FORWARD: forward, BOTH: both}
+
+    def truth(self) -> list[Tensor]:
+        """Outputs, then gradients, of the reference in float32."""
+        arguments = map_tensors(lambda x: x.float() if x.is_floating_point() else x, self.arguments)
+        args, kwargs = arguments
+        outputs = tensors_of(getattr(fastlm.reference, self.operator)(*args, **kwargs))
+        live = [x for x in outputs if x.requires_grad]
+        self.draw_cotangents([x.shape for x in live])
+        if not live:
+            return outputs
+        cotangents = [x.float() for x in self.cotangents]
+        return outputs + list(torch.autograd.grad(live, differentiable(arguments), cotangents))
+
+    def draw_cotangents(self, shapes: list[torch.Size]) -> None:
+        """What is propagated back through outputs of these shapes."""
+        self.shapes = shapes
+        like = [torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes]
+        self.cotangents = cotangents_for(like, 1)
+
+    def call(self, contender: str, kind: str) -> Callable[[], list[Tensor]]:
+        """A call of the contender; it returns outputs and, for "forward+backward", gradients."""
+        function = self.function(contender)
+        args, kwargs = self.arguments
+
+        def forward():
+            with torch.no_grad():
+                outputs = function(*args, **kwargs)
+            return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+        def both():
+            outputs = function(*args, **kwargs)
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            return outputs + list(torch.autograd.grad(outputs, self.inputs, self.cotangents))
+
+        return forward if kind == FORWARD else both
+
+    def function(self, contender: str) -> Callable:
+        if contender == FASTLM:
+            return getattr(fastlm, self.operator)
+        eager = ORIGINALS[self.operator]
+
+        def call(*args, **kwargs):  # a Python function: torch.compile and the context need one
+            return eager(*args, **kwargs)
+
+        if contender == COMPILED:
+            return torch.compile(call, dynamic=False)
+        if contender == UNFUSED:
+            return sdpa_kernel(SDPBackend.MATH)(call)
+        return eager
