@@ -66,7 +66,11 @@ def run(
         for workload in [w for w in chosen if w.operator == operator]:
             with console.status(workload.name):
                 peaks.measure()
-                measured.extend(measure(workload, seconds, memory))
+                found = measure(workload, seconds, memory)
+            measured += found
+            for m in found:
+                times = (f"{n} {duration(t.median)}" for n, t in m.contenders.items() if t.seconds)
+                console.print(f"{workload.name} {m.kind}: {', '.join(times)}", soft_wrap=True)
             save(folder / "results.json", done + measured, peaks, facts)
         console.print(table(operator, measured, peaks, memory))
         for line in problems(measured):

@@ -45,6 +45,8 @@ class Workload:
             return TrainingStep.contenders
         if self.operator == "scaled_dot_product_attention":
             return (EAGER, UNFUSED, COMPILED, FASTLM)
+        if self.operator == "gru":  # torch.compile leaves nn.GRU to eager
+            return (EAGER, FASTLM)
         return (EAGER, COMPILED, FASTLM)
 
     @property
