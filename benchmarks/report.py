@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +58,7 @@ def run(
     chosen = choose(words, dtypes)
     folder = folder or RESULTS / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
+    torch._inductor.config.compile_threads = 1  # no pool of compilers beside what is timed
     facts = machine()
     for name, value in facts.items():
         console.print(f"{name:<10} {value}", soft_wrap=True)

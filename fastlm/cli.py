@@ -1,4 +1,4 @@
-"""The command ``fastlm``: train, evaluate, generate, info."""
+"""The command ``fastlm``: train, evaluate, generate, bench, info."""
 
 import dataclasses
 import inspect
@@ -333,6 +333,48 @@ def print_sample(
     for piece in text_stream(tokenizer, (row[0] for row in steps)):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="only benchmarks with one of these words in their name [default: all]"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16, may be repeated [default: both]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="of torch [default: torch's own]")] = None,
+    seconds: Annotated[float, typer.Option(help="timed calls of each pass over each shape")] = 2.0,
+    memory: Annotated[bool, typer.Option(help="measure the peak memory too")] = True,
+    out: Annotated[
+        str | None,
+        typer.Option(help="folder of charts and raw figures [default: in benchmarks/results]"),
+    ] = None,
+) -> None:
+    """Time and memory of every operator and training step against eager PyTorch and torch.compile,
+    as tables and bar charts."""
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "report.py").is_file():
+        raise ValueError(
+            "the benchmarks are part of the source folder, not of the installed package; "
+            "run `make bench` there"
+        )
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
+    for name in dtype or ():
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {name}")
+    sys.path.insert(0, str(root))
+    from benchmarks import report
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = Path(out) if out else None
+    if not report.run(console, names or [], dtype or [], seconds, memory, folder):
+        raise typer.Exit(1)
 
 
 @app.command()
