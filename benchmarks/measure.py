@@ -7,8 +7,8 @@ reference before anything is timed, which is its warm-up too.
 Floor. The larger of operations / measured multiply-add rate and bytes / measured copy rate, both
 measured in the same run on the same threads.
 
-Memory. Each contender but torch.compile runs once in a fresh process: the high-water mark of its resident anonymous
-memory, less what was resident before the call and less the results themselves.
+Memory. Each contender but torch.compile runs once in a fresh process: the high-water mark of its
+resident anonymous memory, less what was resident before the call and less the results themselves.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ class Peaks:
 
 @dataclass
 class Timing:
-    """One contender: seconds per call of each round, extra memory in bytes, or why there is none."""
+    """One contender: seconds per call in each round, extra bytes of memory; or what is wrong."""
 
     seconds: list[float] = field(default_factory=list)
     memory: int | None = None
@@ -207,7 +207,9 @@ def peak_memory(
     try:
         return {task: ours.recv() for task in tasks}
     except EOFError:
-        raise RuntimeError(f"the process that measured the memory of {workload.name} died") from None
+        raise RuntimeError(
+            f"the process that measured the memory of {workload.name} died"
+        ) from None
     finally:
         process.join()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,7 @@ from rich.text import Text
 import fastlm
 from benchmarks import ROOT
 from benchmarks.measure import Measurement, Peaks, measure
-from benchmarks.workloads import EAGER, FASTLM, Workload, workloads
+from benchmarks.workloads import COMPILED, EAGER, FASTLM, Workload, workloads
 from fastlm import _C
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -74,7 +75,8 @@ def run(
                 times = (f"{n} {duration(t.median)}" for n, t in m.contenders.items() if t.seconds)
                 console.print(f"{workload.name} {m.kind}: {', '.join(times)}", soft_wrap=True)
             save(folder / "results.json", done + measured, peaks, facts)
-        console.print(table(operator, measured, peaks, memory))
+        width = None if console.is_terminal else 160
+        console.print(table(operator, measured, peaks, memory), width=width)
         for line in problems(measured):
             console.print(line, style="red", soft_wrap=True, markup=False)
         done += measured
@@ -123,27 +125,29 @@ def duration(seconds: float) -> str:
 
 def table(operator: str, measured: list[Measurement], peaks: Peaks, memory: bool) -> Table:
     names = list(measured[0].contenders)
-    made = Table(title=operator, title_justify="left", title_style="bold")
+    kept = [n for n in names if n != COMPILED]
+    made = Table(title=operator, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("shape", "dtype", "pass"):
-        made.add_column(column, no_wrap=column != "shape", overflow="fold")
+        made.add_column(column, no_wrap=True)
     for name in names:
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("of floor", justify="right", no_wrap=True)
     if memory:
-        made.add_column("MiB " + "/".join(short(n) for n in names), justify="right")
-    for m in measured:
-        row = [m.shape, m.dtype, "fwd+bwd" if m.kind == "forward+backward" else m.kind]
+        made.add_column("MiB " + "/".join(short(n) for n in kept), justify="right", no_wrap=True)
+    for i, m in enumerate(measured):
+        new = i == 0 or m.shape != measured[i - 1].shape
+        row = [m.shape if new else "", m.dtype, m.kind.replace("+backward", "+back")]
         row += [cell(m, name) for name in names]
         share = m.floor(peaks) / m.contenders[FASTLM].median
         row.append("" if math.isnan(share) else f"{share:.0%}")
         if memory:
-            row.append("/".join(mebibytes(m.contenders[n].memory) for n in names))
-        made.add_row(*row, end_section=m is measured[-1])
+            row.append("/".join(mebibytes(m.contenders[n].memory) for n in kept))
+        made.add_row(*row)
     return made
 
 
 def short(name: str) -> str:
-    return {"eager unfused": "unfused", "torch.compile": "compile"}.get(name, name)
+    return name.removeprefix("eager ").removeprefix("fastlm.")
 
 
 def mebibytes(size: int | None) -> str:

@@ -47,7 +47,14 @@ class Attention:
         return (q, k, v), {"is_causal": self.causal and trained, "enable_gqa": Hkv != self.H}
 
     def floor(self, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        B, H, D, T, Hkv, Tq = self.B, self.H, self.D, self.Tk, self.Hkv or self.H, self.Tq or self.Tk
+        B, H, D, T, Hkv, Tq = (
+            self.B,
+            self.H,
+            self.D,
+            self.Tk,
+            self.Hkv or self.H,
+            self.Tq or self.Tk,
+        )
         pairs = T * (T + 1) // 2 if self.causal and Tq == T else Tq * T
         product = 2 * B * H * pairs * D
         q, kv = B * H * Tq * D * size, 2 * B * Hkv * T * D * size
