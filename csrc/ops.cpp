@@ -25,21 +25,21 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, bool return_lse, bool full_precision, "
-      "bool gradient) -> (Tensor loss, Tensor lse, Tensor dinput)");
+      "bool gradient) -> (Tensor loss, Tensor lse, Tensor low, Tensor dinput)");
   m.def(
       "cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor input, Tensor target, "
-      "Tensor? weight, Tensor lse, int reduction, int ignore_index, float label_smoothing, "
+      "Tensor? weight, Tensor lse, Tensor low, int reduction, int ignore_index, float label_smoothing, "
       "float z_loss, float softcap, bool input_gradient, bool target_gradient) "
       "-> (Tensor dinput, Tensor dtarget)");
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, "
       "Tensor? weight, int reduction, int ignore_index, float label_smoothing, float z_loss, "
       "float softcap, bool full_precision, bool input_gradient, bool weight_gradient, "
-      "bool bias_gradient) -> (Tensor loss, Tensor lse, Tensor dinput, Tensor dlinear_weight, "
+      "bool bias_gradient) -> (Tensor loss, Tensor lse, Tensor low, Tensor dinput, Tensor dlinear_weight, "
       "Tensor dlinear_bias)");
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor input, Tensor linear_weight, "
-      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor lse, int reduction, "
+      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor lse, Tensor low, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, float softcap, bool input_gradient, "
       "bool weight_gradient, bool bias_gradient) -> (Tensor dinput, Tensor dlinear_weight, "
       "Tensor dlinear_bias)");

@@ -1,6 +1,7 @@
 """The public functions: arguments as PyTorch's, checked here, before any work."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import overload
 
@@ -799,10 +800,10 @@ def _call(operator: Callable, *args):
     try:
         return operator(*args)
     except RuntimeError as error:
-        message = str(error)
-        if "is out of bounds for" not in message:
+        found = re.search("fastlm.* is out of bounds for .*", str(error))
+        if not found:
             raise
-        raise IndexError(message.partition("\n")[0]) from None
+        raise IndexError(found[0]) from None
 
 
 def cross_entropy(

@@ -1,5 +1,7 @@
 """Drop-in modules: constructor, attributes, state_dict and repr as in torch.nn."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import functional
 
-__all__ = ["GRU", "GRUCell", "MultiheadAttention"]
+__all__ = ["CrossEntropyLoss", "GRU", "GRUCell", "LinearCrossEntropyLoss", "MultiheadAttention"]
 
 # ---- MultiheadAttention -------------------------------------------------------------------
 
@@ -373,3 +375,167 @@ class GRUCell(torch.nn.GRUCell):
             training=self.training,
         )  # fmt: skip
         return output if batched else output.squeeze(0)
+
+
+# ---- CrossEntropyLoss ---------------------------------------------------------------------
+
+
+def _loss_repr(module) -> list[str]:
+    """What fastlm adds to torch's constructor, where it is in use."""
+    defaults = {"z_loss": 0.0, "softcap": 0.0, "return_lse": False}
+    return [f"{k}={getattr(module, k)}" for k, v in defaults.items() if getattr(module, k) != v]
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss on :func:`fastlm.cross_entropy`.
+
+    Constructor, attributes, `state_dict` and `repr` are those of torch.nn.CrossEntropyLoss, of which
+    this is a subclass; `z_loss`, `softcap` and `return_lse` are keyword-only additions, described
+    with the function, as are shapes, dtypes and errors.
+    """
+
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    return_lse: bool = False
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average=None,
+        ignore_index: int = -100,
+        reduce=None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        return_lse: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.return_lse = return_lse
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, and with `return_lse` the log-sum-exp of each token."""
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            return_lse=self.return_lse,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(_loss_repr(self))
+
+
+# ---- LinearCrossEntropyLoss ---------------------------------------------------------------
+
+# torch has the module from 2.13 on.
+_LinearLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.modules.loss._WeightedLoss)
+
+
+class LinearCrossEntropyLoss(_LinearLoss):
+    """torch.nn.LinearCrossEntropyLoss on :func:`fastlm.linear_cross_entropy`.
+
+    A linear layer, `self.linear`, and the cross-entropy of its output, which is never held whole.
+    Constructor, attributes, `state_dict` and `repr` are those of torch.nn.LinearCrossEntropyLoss
+    (a subclass of it where torch has one); `z_loss`, `softcap` and `return_lse` are additions.
+
+    Args:
+        in_features (int): D of input (D) or (N, D).
+        num_classes (int): C.
+        out_features (tuple of int): (d1, ..., dK) of a K-dimensional loss; `self.linear` has
+            C * d1 * ... * dK outputs.
+        bias (bool): whether the linear layer has one. Default: False.
+        weight (Tensor, optional): a weight per class, (C).
+        reduction, ignore_index, label_smoothing, options, z_loss, softcap, return_lse: as for the
+            function.
+
+    Raises RuntimeError for a weight of another shape or label_smoothing outside [0, 1].
+    """
+
+    __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    return_lse: bool = False
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object | None = None,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        return_lse: bool = False,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+            )
+        torch.nn.modules.loss._WeightedLoss.__init__(self, weight=weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.linear = torch.nn.Linear(
+            in_features,
+            math.prod(out_features, start=num_classes),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.options = options
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.return_lse = return_lse
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, and with `return_lse` the log-sum-exp of each token."""
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            return_lse=self.return_lse,
+        )
+
+    def extra_repr(self) -> str:
+        fields = [
+            f"in_features={self.linear.in_features}",
+            f"num_classes={self.num_classes}",
+            f"out_features={self.out_features}",
+            f"bias={self.linear.bias is not None}",
+            f"reduction={self.reduction}",
+            f"ignore_index={self.ignore_index}",
+            f"label_smoothing={self.label_smoothing}",
+            f"options={self.options}",
+        ]
+        return ", ".join(fields + _loss_repr(self))

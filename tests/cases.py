@@ -393,4 +393,203 @@ register(
 # ---- cross_entropy ------------------------------------------------------------------------
 
 
+def _logits_to_target(shape: Sequence[int]) -> tuple[int, ...]:
+    return () if len(shape) == 1 else (shape[0], *shape[2:])
+
+
+def _target(draw: Draw, shape: Sequence[int], kind: str, ignore_index: int = -100) -> Tensor:
+    """kind: index (the first token is ignored), uint8, int32, prob, prob-grad or prob-transposed."""
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    if kind.startswith("prob"):
+        q = draw.uniform(*shape, layout="transposed" if kind == "prob-transposed" else "contiguous")
+        return q.requires_grad_(kind == "prob-grad")
+    target = draw.integers(0, max(classes, 1), _logits_to_target(shape))
+    if kind in ("uint8", "int32"):
+        return target.to(getattr(torch, kind))
+    if target.numel() > 1:
+        target.view(-1)[0] = ignore_index
+    return target
+
+
+def _class_weight(draw: Draw, classes: int) -> Tensor:
+    return draw.uniform(classes) + 0.5
+
+
+def _cross_entropy_case(
+    id: str, *shape: int, kind: str = "index", weight: bool = False, layout: str = "contiguous",
+    eager: bool = True, scale: float = 3.0, **kwargs,
+) -> Case:  # fmt: skip
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        x = draw(*shape, layout=layout, scale=scale)
+        target = _target(draw, shape, kind, kwargs.get("ignore_index", -100))
+        more = dict(kwargs)
+        if weight:
+            classes = shape[0] if len(shape) == 1 else shape[1]
+            more["weight"] = _class_weight(draw, classes)
+        return (x, target), more
+
+    return Case(id, build, eager=eager and kind != "int32")
+
+
+def _cross_entropy_bench(tokens: int) -> Case:
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        return (draw(tokens, 50257), draw.integers(0, 50257, (tokens,))), {}
+
+    return Case(f"{tokens}x50257", build)
+
+
+def _loss_flops(input, target, **kwargs) -> tuple[int, int]:
+    """An exponential in each direction counts as one operation: memory is the bound."""
+    return input.numel(), input.numel()
+
+
+def _loss_bytes(input, target, **kwargs) -> tuple[int, int]:
+    """Reading the logits once; their gradient is written in the same sweep."""
+    size = input.numel() * input.element_size()
+    return size, size
+
+
+register(
+    Operator(
+        "cross_entropy",
+        fastlm.cross_entropy,
+        fastlm.reference.cross_entropy,
+        torch.nn.functional.cross_entropy,
+        cases=(
+            _cross_entropy_case("mean", 5, 33),
+            _cross_entropy_case("unbatched", 7, reduction="sum"),
+            *(  # around one vector of each ISA
+                _cross_entropy_case(f"C{C}", 3, C, reduction="none") for C in (1, 3, 4, 8, 15, 17, 63)
+            ),
+            _cross_entropy_case("two-blocks-C2050", 2, 2050, reduction="sum"),
+            _cross_entropy_case("none-many-tokens", 130, 10, reduction="none"),
+            _cross_entropy_case("no-tokens", 0, 5, reduction="sum"),
+            _cross_entropy_case("weight", 6, 19, weight=True),
+            _cross_entropy_case("smooth", 6, 19, label_smoothing=0.1),
+            _cross_entropy_case("smooth-1-weight-sum", 6, 19, label_smoothing=1.0, weight=True, reduction="sum"),
+            _cross_entropy_case("ignored-class", 9, 4, ignore_index=2, label_smoothing=0.2, weight=True),
+            _cross_entropy_case("uint8", 9, 21, kind="uint8"),
+            _cross_entropy_case("int32", 9, 21, kind="int32"),
+            _cross_entropy_case("prob", 5, 23, kind="prob"),
+            _cross_entropy_case("prob-unbatched", 9, kind="prob", reduction="none"),
+            _cross_entropy_case("prob-smooth-weight", 5, 23, kind="prob", label_smoothing=0.1, weight=True, reduction="none"),
+            _cross_entropy_case("prob-grad", 5, 23, kind="prob-grad", label_smoothing=0.1, weight=True),
+            _cross_entropy_case("prob-grad-transposed", 5, 23, kind="prob-grad", layout="transposed", reduction="sum"),
+            _cross_entropy_case("image", 2, 5, 3, 7, reduction="none"),
+            _cross_entropy_case("image-weight-smooth", 2, 40, 9, 5, weight=True, label_smoothing=0.1),
+            _cross_entropy_case("image-wide", 1, 33, 70),
+            _cross_entropy_case("image-prob-grad", 2, 5, 9, kind="prob-grad", weight=True),
+            _cross_entropy_case("image-prob-transposed", 3, 5, 9, kind="prob-transposed", reduction="none"),
+            *(
+                _cross_entropy_case(f"{layout}", 6, 37, layout=layout, reduction="none")
+                for layout in LAYOUTS[1:]
+            ),
+            *(
+                _cross_entropy_case(f"image-{layout}", 3, 7, 9, layout=layout)
+                for layout in LAYOUTS[1:]
+            ),
+            _cross_entropy_case("confident", 6, 37, scale=60.0),
+            _cross_entropy_case("z-loss", 6, 37, z_loss=0.02, eager=False),
+            _cross_entropy_case("softcap", 6, 37, softcap=2.5, eager=False, reduction="none"),
+            _cross_entropy_case("lse", 6, 37, return_lse=True, eager=False),
+            _cross_entropy_case("all", 6, 37, weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
+            _cross_entropy_case("image-all", 2, 37, 5, weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
+            _cross_entropy_case("prob-all", 6, 37, kind="prob-grad", weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
+        ),
+        bench=(_cross_entropy_bench(1024), _cross_entropy_bench(4096)),
+        flops=_loss_flops,
+        bytes=_loss_bytes,
+    )
+)
+
+
 # ---- linear_cross_entropy -----------------------------------------------------------------
+
+
+def _linear_case(
+    id: str, N: int | None, D: int, C: int, *positions: int, kind: str = "index", bias: bool = False,
+    weight: bool = False, layout: str = "contiguous", frozen: str = "", eager: bool = True,
+    **kwargs,
+) -> Case:  # fmt: skip
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        x = draw(*([] if N is None else [N]), D, layout=layout, grad=frozen != "input")
+        w = draw(C, *positions, D, layout=layout, scale=3 / max(D, 1) ** 0.5, grad=frozen != "weight")
+        shape = (C,) if N is None else (N, C, *positions)
+        more = dict(kwargs)
+        if bias:
+            more["linear_bias"] = draw(C, *positions, scale=1.0)
+        if weight:
+            more["weight"] = _class_weight(draw, C)
+        return (x, w, _target(draw, shape, kind, kwargs.get("ignore_index", -100))), more
+
+    return Case(id, build, eager=eager and kind != "int32")
+
+
+def _linear_bench(tokens: int) -> Case:
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        x, w = draw(tokens, 768), draw(50257, 768, scale=768**-0.5)
+        return (x, w, draw.integers(0, 50257, (tokens,))), {}
+
+    return Case(f"{tokens}x50257x768", build)
+
+
+def _linear_flops(input, linear_weight, target, **kwargs) -> tuple[int, int]:
+    """One product forward, two backward."""
+    product = 2 * input.numel() * (linear_weight.numel() // linear_weight.shape[-1])
+    return product, 2 * product
+
+
+def _linear_bytes(input, linear_weight, target, **kwargs) -> tuple[int, int]:
+    size = (input.numel() + linear_weight.numel()) * input.element_size()
+    return size, size
+
+
+register(
+    Operator(
+        "linear_cross_entropy",
+        fastlm.linear_cross_entropy,
+        fastlm.reference.linear_cross_entropy,
+        getattr(torch.nn.functional, "linear_cross_entropy", None),  # torch 2.13 and later
+        cases=(
+            _linear_case("mean", 9, 16, 33),
+            _linear_case("unbatched-bias", None, 7, 21, bias=True),
+            _linear_case("one", 1, 1, 1),
+            *(  # around a vector and a panel of tokens, a tile of classes
+                _linear_case(f"N{N}-C{C}-D{D}", N, D, C, bias=True, reduction="none")
+                for N, D, C in ((15, 5, 7), (16, 8, 95), (17, 9, 96), (25, 24, 97), (49, 33, 193))
+            ),
+            _linear_case("several-blocks", 200, 13, 40, bias=True),
+            _linear_case("several-panels-of-D", 30, 260, 50),
+            _linear_case("no-tokens", 0, 4, 5, bias=True, reduction="sum"),
+            _linear_case("no-features", 3, 0, 4, bias=True, reduction="none"),
+            _linear_case("weight-sum", 9, 16, 33, weight=True, reduction="sum"),
+            _linear_case("smooth", 9, 16, 133, label_smoothing=0.1, bias=True),
+            _linear_case("smooth-weight-none", 9, 16, 133, label_smoothing=0.1, weight=True, reduction="none"),
+            _linear_case("ignored-class", 19, 6, 4, ignore_index=2, bias=True),
+            _linear_case("uint8", 9, 16, 33, kind="uint8"),
+            _linear_case("int32", 9, 16, 33, kind="int32"),
+            _linear_case("prob", 9, 16, 133, kind="prob", bias=True),
+            _linear_case("prob-smooth-weight-none", 9, 16, 33, kind="prob", label_smoothing=0.1, weight=True, reduction="none"),
+            _linear_case("prob-transposed", 9, 16, 33, kind="prob-transposed", reduction="sum"),
+            _linear_case("heads", 9, 5, 7, 3, bias=True, weight=True),
+            _linear_case("heads-none", 30, 12, 100, 2, 2, bias=True, label_smoothing=0.1, reduction="none"),
+            _linear_case("heads-prob", 9, 5, 7, 3, kind="prob"),
+            _linear_case("frozen-input", 9, 16, 33, frozen="input", bias=True),
+            _linear_case("frozen-weight", 9, 16, 33, frozen="weight"),
+            _linear_case("frozen-weight-none", 9, 16, 33, frozen="weight", reduction="none"),
+            *(_linear_case(layout, 9, 16, 33, layout=layout) for layout in LAYOUTS[1:]),
+            _linear_case("z-loss", 9, 16, 33, z_loss=0.02, eager=False),
+            _linear_case("softcap-none", 9, 16, 133, softcap=2.5, reduction="none", eager=False),
+            _linear_case("lse", 9, 16, 33, return_lse=True, eager=False),
+            _linear_case("all", 9, 16, 133, bias=True, weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
+            _linear_case("all-mean", 9, 16, 133, bias=True, weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, eager=False),
+        ),
+        bench=(_linear_bench(1024), _linear_bench(4096)),
+        flops=_linear_flops,
+        bytes=_linear_bytes,
+    )
+)

@@ -160,12 +160,12 @@ void set_upstream(Loss& l, const Tensor& dloss, const std::optional<Tensor>& dls
   l.token.dlse = l.dlse->const_data_ptr();
 }
 
-// The forward's log-sum-exp for the backward; the result must outlive the kernel.
-Tensor set_lse(Loss& l, const Tensor& lse) {
-  check_dtype(lse, l.compute, l.op, "lse");
-  STD_TORCH_CHECK(lse.numel() == l.N * l.S, "fastlm::", l.op, ": lse has shape ", shape_string(lse));
-  const Tensor rows = fastlm::contiguous(lse);
-  l.token.lse = const_cast<void*>(rows.const_data_ptr());
+// The forward's lse or low for the backward; the result must outlive the kernel.
+Tensor saved(const Loss& l, const Tensor& values, void** data) {
+  check_dtype(values, l.compute, l.op, "lse");
+  STD_TORCH_CHECK(values.numel() == l.N * l.S, "fastlm::", l.op, ": lse has shape ", shape_string(values));
+  const Tensor rows = fastlm::contiguous(values);
+  *data = const_cast<void*>(rows.const_data_ptr());
   return rows;
 }
 
@@ -256,7 +256,7 @@ Tensor run(CrossEntropyParams& p, const Loss& l, const Tensor& input, DType dtyp
   return dinput;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool return_lse,
     bool full_precision, bool gradient) {
@@ -268,8 +268,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(
                   "fastlm::cross_entropy: the upstream gradient is known for a scalar loss alone");
   const std::vector<int64_t> shape = token_shape(logits);
   const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
+  const Tensor low = new_tensor(shape, l.compute);
   l.token.loss = loss.mutable_data_ptr();
   l.token.lse = lse.mutable_data_ptr();
+  l.token.low = low.mutable_data_ptr();
   l.token.lse_everywhere = return_lse;
   l.token.scale = reduction == kMean ? 1 / l.denominator : 1;
   CrossEntropyParams p{};
@@ -277,18 +279,18 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(
   set_logits(p, l, input, &view);
   p.forward = true;
   const Tensor dinput = run(p, l, input, dtype, gradient);
-  return {finish_loss(l, loss, full_precision), lse, dinput};
+  return {finish_loss(l, loss, full_precision), lse, low, dinput};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(
     const Tensor& dloss, const std::optional<Tensor>& dlse, const Tensor& input, const Tensor& target,
-    const std::optional<Tensor>& weight, const Tensor& lse, int64_t reduction, int64_t ignore_index,
+    const std::optional<Tensor>& weight, const Tensor& lse, const Tensor& low, int64_t reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, bool input_gradient, bool target_gradient) {
   const DType dtype = dtype_of(input, "cross_entropy_backward", "input");
   Loss l = read_loss("cross_entropy_backward", input.sizes(), input.scalar_type(), target, weight,
                      reduction, ignore_index, label_smoothing, z_loss, softcap);
   set_upstream(l, dloss, dlse);
-  const Tensor lse_rows = set_lse(l, lse);
+  const Tensor lse_rows = saved(l, lse, &l.token.lse), low_rows = saved(l, low, &l.token.low);
   CrossEntropyParams p{};
   Logits view;
   set_logits(p, l, input, &view);
@@ -371,7 +373,7 @@ void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbi
   table.run[l.dtype](p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight, int64_t reduction,
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, bool full_precision,
@@ -384,20 +386,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                   "fastlm::linear_cross_entropy: the upstream gradient is known for a scalar loss alone");
   const std::vector<int64_t> shape = token_shape(Ints(linear.logits.data(), linear.logits.size()));
   const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
+  const Tensor low = new_tensor(shape, l.compute);
   l.token.loss = loss.mutable_data_ptr();
   l.token.lse = lse.mutable_data_ptr();
+  l.token.low = low.mutable_data_ptr();
   l.token.lse_everywhere = true;
   l.token.scale = reduction == kMean ? 1 / l.denominator : 1;
   linear.params.forward = true;
   run_linear(linear, l, input_gradient, weight_gradient, bias_gradient);
-  return {finish_loss(l, loss, full_precision), lse, *linear.dinput, *linear.dlinear_weight,
+  return {finish_loss(l, loss, full_precision), lse, low, *linear.dinput, *linear.dlinear_weight,
           *linear.dlinear_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& dloss, const std::optional<Tensor>& dlse, const Tensor& input,
     const Tensor& linear_weight, const Tensor& target, const std::optional<Tensor>& linear_bias,
-    const std::optional<Tensor>& weight, const Tensor& lse, int64_t reduction, int64_t ignore_index,
+    const std::optional<Tensor>& weight, const Tensor& lse, const Tensor& low, int64_t reduction, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, bool input_gradient, bool weight_gradient,
     bool bias_gradient) {
   const char* op = "linear_cross_entropy_backward";
@@ -405,7 +409,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   Loss l = read_loss(op, Ints(linear.logits.data(), linear.logits.size()), input.scalar_type(), target,
                      weight, reduction, ignore_index, label_smoothing, z_loss, softcap);
   set_upstream(l, dloss, dlse);
-  const Tensor lse_rows = set_lse(l, lse);
+  const Tensor lse_rows = saved(l, lse, &l.token.lse), low_rows = saved(l, low, &l.token.low);
   run_linear(linear, l, input_gradient, weight_gradient, bias_gradient);
   return {*linear.dinput, *linear.dlinear_weight, *linear.dlinear_bias};
 }

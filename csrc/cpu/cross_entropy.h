@@ -125,9 +125,9 @@ template <class S> struct Row {
   T forward() const {
     const TokenLoss& t = p.token;
     const bool ignored = t.target && t.target[i] == t.ignore_index;
-    T& lse = static_cast<T*>(t.lse)[i];
     T& loss = static_cast<T*>(t.loss)[i];
-    if (ignored && !t.lse_everywhere) return lse = loss = T(0);
+    if (ignored && !t.lse_everywhere)
+      return loss = static_cast<T*>(t.lse)[i] = static_cast<T*>(t.low)[i] = T(0);
     const bool smooth = t.target && t.label_smoothing > 0;
     T m = T(-kInfinity);
     double sum = 0;
@@ -150,9 +150,8 @@ template <class S> struct Row {
       if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
       if (q) add_sums(v, mixed_block(c0, n), n, sums);
     }
-    // Of a row of -inf alone, the maximum: log 0.
-    lse = T(double(finite_max(m)) + log(sum));
-    loss = ignored ? T(0) : token_loss(t, p.C, i, lse, t.target ? value(t.target[i]) : T(0), sums);
+    store_lse<T>(t, i, double(finite_max(m)), log(sum));
+    loss = ignored ? T(0) : token_loss(t, p.C, i, t.target ? value(t.target[i]) : T(0), sums);
     return T(sums.mass);
   }
 
@@ -171,7 +170,7 @@ template <class S> struct Row {
 
   void gradient(S* dx, T mass) const {
     const TokenLoss& t = p.token;
-    const T lse = static_cast<const T*>(t.lse)[i];
+    const T lse = static_cast<const T*>(t.lse)[i], low = static_cast<const T*>(t.low)[i];
     const Coefficients<T> k = coefficients(t, p.C, i, lse, mass);
     if (k.softmax == 0 && k.onehot == 0 && k.smooth == 0 && k.probs == 0) {
       each_vector<T>(p.C, [&](int64_t c, auto w) { store(dx + c, Vec<T>{}, w); });
@@ -181,11 +180,11 @@ template <class S> struct Row {
     const int64_t head = streams() ? least(p.C, to_alignment(dx)) : 0;
     for (int64_t c0 = 0, n = head; c0 < p.C; c0 += n, n = least(kBlock, p.C - c0)) {
       if (n == 0) continue;
-      if (plain) plain_block(dx + c0, x + c0, n, k.softmax, lse);
-      else general_block(dx, c0, n, k, lse);
+      if (plain) plain_block(dx + c0, x + c0, n, k.softmax, lse, low);
+      else general_block(dx, c0, n, k, lse, low);
     }
     if (k.y >= 0) {
-      T d = k.softmax * exp(splat(value(k.y) - lse))[0] - k.onehot;
+      T d = k.softmax * exp(splat((value(k.y) - lse) - low))[0] - k.onehot;
       if (k.smooth != 0) d -= k.smooth * (weight() ? weight()[k.y] : T(1));
       if (t.softcap != 0) d *= capped_slope(splat(value(k.y)), T(t.softcap))[0];
       dx[k.y] = from_compute<S>(d);
@@ -199,26 +198,25 @@ template <class S> struct Row {
     return int64_t((kBytes - reinterpret_cast<uintptr_t>(dx) % kBytes) % kBytes / sizeof(S));
   }
 
-  FASTLM_INLINE void plain_block(S* dx, const S* v, int64_t n, T a, T lse) const {
-    const Vec<T> as = splat(a), lses = splat(lse);
+  FASTLM_INLINE void plain_block(S* dx, const S* v, int64_t n, T a, T lse, T low) const {
+    const auto d = [&](Vec<T> xs) { return splat(a) * exp((xs - splat(lse)) - splat(low)); };
     if (streams() && n >= kLanes<T>) {
       int64_t c = 0;
-      for (; c + kLanes<T> <= n; c += kLanes<T>)
-        stream(dx + c, as * exp(load<T>(v + c) - lses));
-      if (c < n) store(dx + c, as * exp(load<T>(v + c, n - c) - lses), n - c);
+      for (; c + kLanes<T> <= n; c += kLanes<T>) stream(dx + c, d(load<T>(v + c)));
+      if (c < n) store(dx + c, d(load<T>(v + c, n - c)), n - c);
       return;
     }
-    each_vector<T>(n, [&](int64_t c, auto w) { store(dx + c, as * exp(load<T>(v + c, w) - lses), w); });
+    each_vector<T>(n, [&](int64_t c, auto w) { store(dx + c, d(load<T>(v + c, w)), w); });
   }
 
-  void general_block(S* dx, int64_t c0, int64_t n, const Coefficients<T>& k, T lse) const {
+  void general_block(S* dx, int64_t c0, int64_t n, const Coefficients<T>& k, T lse, T low) const {
     const T cap = T(p.token.softcap);
     const T* v = block(c0, n);
     const T* f = k.probs != 0 ? mixed_block(c0, n) : k.smooth != 0 && weight() ? weight() + c0 : nullptr;
     const T scale = k.probs != 0 ? k.probs : k.smooth;
     each_vector<T>(n, [&](int64_t c, auto w) {
       const Vec<T> xs = load<T>(v + c, w);
-      Vec<T> d = splat(k.softmax) * exp(xs - splat(lse));
+      Vec<T> d = splat(k.softmax) * exp((xs - splat(lse)) - splat(low));
       d -= f ? splat(scale) * load<T>(f + c, w) : splat(scale);
       if (cap != 0) d *= capped_slope(xs, cap);
       store(dx + c0 + c, d, w);
@@ -228,13 +226,13 @@ template <class S> struct Row {
   // dq_c = g (1 - e) w_c (lse - x_c)
   void probability_gradient(S* dq) const {
     const TokenLoss& t = p.token;
-    const T lse = static_cast<const T*>(t.lse)[i];
+    const T lse = static_cast<const T*>(t.lse)[i], low = static_cast<const T*>(t.low)[i];
     const T g = coefficients(t, p.C, i, lse, T(0)).probs * T(1 - t.label_smoothing);
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
       const T* v = block(c0, n);
       each_vector<T>(n, [&](int64_t c, auto w) {
-        Vec<T> d = splat(g) * (splat(lse) - load<T>(v + c, w));
+        Vec<T> d = splat(g) * ((splat(lse) - load<T>(v + c, w)) + splat(low));
         if (weight()) d *= load<T>(weight() + c0 + c, w);
         if (p.dprobs_at.c == 1) store(dq + c0 + c, d, w);
         else store(mixed + c, d, w);
@@ -350,11 +348,9 @@ template <class S> struct Tile {
     }
     for (int64_t j = 0; j < width; ++j) {
       const bool ignored = t.target && t.target[i + j] == t.ignore_index;
-      const T lse = T(double(finite_max(m[j])) + log(double(sum[j])));
       const Sums<T> sums{r[j], double(mass[j]), double(dot[j])};
-      static_cast<T*>(t.lse)[i + j] = lse;
-      static_cast<T*>(t.loss)[i + j] =
-          ignored ? T(0) : token_loss(t, p.C, i + j, lse, x_y[j], sums);
+      store_lse<T>(t, i + j, double(finite_max(m[j])), log(double(sum[j])));
+      static_cast<T*>(t.loss)[i + j] = ignored ? T(0) : token_loss(t, p.C, i + j, x_y[j], sums);
     }
   }
 
@@ -374,11 +370,12 @@ template <class S> struct Tile {
   void gradient(S* dx, const T* mass) const {
     const TokenLoss& t = p.token;
     const T cap = T(t.softcap);
-    T lse[kWidth], a[kWidth], b[kWidth], s[kWidth], g[kWidth];
+    T lse[kWidth], low[kWidth], a[kWidth], b[kWidth], s[kWidth], g[kWidth];
     int64_t y[kWidth];
-    for (int64_t j = 0; j < kWidth; ++j) lse[j] = a[j] = b[j] = s[j] = g[j] = 0;
+    for (int64_t j = 0; j < kWidth; ++j) lse[j] = low[j] = a[j] = b[j] = s[j] = g[j] = 0;
     for (int64_t j = 0; j < width; ++j) {
       lse[j] = static_cast<const T*>(t.lse)[i + j];
+      low[j] = static_cast<const T*>(t.low)[i + j];
       const Coefficients<T> k = coefficients(t, p.C, i + j, lse[j], mass[j]);
       a[j] = k.softmax, b[j] = k.onehot, s[j] = k.smooth, g[j] = k.probs, y[j] = k.y;
     }
@@ -391,7 +388,7 @@ template <class S> struct Tile {
           T* at = values + c * kWidth + j;
           const V xs = load(at);
           const V as = load(a + j);
-          V d = select(as == V{}, V{}, as * exp(xs - load(lse + j)));
+          V d = select(as == V{}, V{}, as * exp((xs - load(lse + j)) - load(low + j)));
           d -= load(s + j) * splat(weight(c0 + c));
           if (q) d -= load(g + j) * load(mixed + c * kWidth + j);
           if (cap != 0) d *= capped_slope(xs, cap);
@@ -425,8 +422,9 @@ template <class S> struct Tile {
       for (int64_t c = 0; c < n; ++c)
         for (int64_t j = 0; j < width; ++j) {
           const T lse = static_cast<const T*>(t.lse)[i + j];
+          const T low = static_cast<const T*>(t.low)[i + j];
           dq[(c0 + c) * p.dprobs_at.c + j * p.dprobs_at.s] =
-              from_compute<S>(g[j] * weight(c0 + c) * (lse - values[c * kWidth + j]));
+              from_compute<S>(g[j] * weight(c0 + c) * ((lse - values[c * kWidth + j]) + low));
         }
     }
   }

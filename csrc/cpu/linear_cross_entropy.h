@@ -92,7 +92,7 @@ template <class S> struct LinearPlan {
     db = take(p.dlinear_bias ? blocks * p.C * p.S : 0);
     xt = take(blocks * D * width);
     x = take(p.dlinear_weight ? blocks * width * round_up(D, kNR) : 0);
-    token = take(7 * blocks * width);
+    token = take(8 * blocks * width);
     end = at;
   }
 };
@@ -151,7 +151,7 @@ template <class S> struct LinearCrossEntropy {
   T* x_panel(int64_t block, int64_t panel) const {  // [width][kNR]
     return base + plan.x + block * width() * round_up(p.D, kNR) + panel * width() * kNR;
   }
-  enum PerToken { kLse, kTargetLogit, kTokenMass, kSoftmax, kOnehot, kSmooth, kProbs };
+  enum PerToken { kLse, kLow, kTargetLogit, kTokenMass, kSoftmax, kOnehot, kSmooth, kProbs };
   T* per_token(PerToken what, int64_t block) const {  // [width]
     return base + plan.token + (what * plan.blocks + block) * width();
   }
@@ -318,16 +318,14 @@ template <class S> struct LinearCrossEntropy {
       mass += f;
       dot += load(partial(kDot, i, block) + j) + f * d;
     }
-    T* const lse_out = per_token(kLse, block) + j;
     store(per_token(kTokenMass, block) + j, mass);
     for (int64_t k = 0; k < least(kL, tokens(block) - j); ++k) {
       const int64_t i = index(first_token(block) + j + k);
       const bool ignored = t.target && t.target[i] == t.ignore_index;
-      const T lse = T(double(r[k]) + log(double(sum[k])));
       const Sums<T> s{r[k], double(mass[k]), double(dot[k])};
-      const T x_y = per_token(kTargetLogit, block)[j + k];
-      lse_out[k] = static_cast<T*>(t.lse)[i] = lse;
-      static_cast<T*>(t.loss)[i] = ignored ? T(0) : token_loss(t, p.C, i, lse, x_y, s);
+      store_lse<T>(t, i, double(r[k]), log(double(sum[k])));
+      static_cast<T*>(t.loss)[i] =
+          ignored ? T(0) : token_loss(t, p.C, i, per_token(kTargetLogit, block)[j + k], s);
     }
   }
 
@@ -350,18 +348,16 @@ template <class S> struct LinearCrossEntropy {
       if (p.forward) combine(block, j0);
       for (int64_t j = j0; j < j0 + kL; ++j) {
         Coefficients<T> k{};
-        T& lse = per_token(kLse, block)[j];
+        T lse = 0, low = 0;
         if (j < tokens(block)) {
           const int64_t n = first_token(block) + j;
-          T& mass = per_token(kTokenMass, block)[j];
-          if (!p.forward) {
-            lse = static_cast<const T*>(p.token.lse)[index(n)];
-            mass = mass_of(n);
-          }
+          lse = static_cast<const T*>(p.token.lse)[index(n)];
+          low = static_cast<const T*>(p.token.low)[index(n)];
+          const T mass = p.forward ? per_token(kTokenMass, block)[j] : mass_of(n);
           k = coefficients(p.token, p.C, index(n), lse, mass);
-        } else {
-          lse = 0;
         }
+        per_token(kLse, block)[j] = lse;
+        per_token(kLow, block)[j] = low;
         per_token(kSoftmax, block)[j] = k.softmax;
         per_token(kOnehot, block)[j] = k.onehot;
         per_token(kSmooth, block)[j] = k.smooth;
@@ -376,7 +372,8 @@ template <class S> struct LinearCrossEntropy {
   void gradient_tile(int64_t block, int64_t tile, const T* x, const T* mixed, T* g) const {
     const int64_t M = rows(tile), v0 = tile * kRows;
     const T cap = T(p.token.softcap);
-    const T *lse = per_token(kLse, block), *a = per_token(kSoftmax, block);
+    const T *lse = per_token(kLse, block), *low = per_token(kLow, block);
+    const T* a = per_token(kSoftmax, block);
     const T *smooth = per_token(kSmooth, block), *probs = per_token(kProbs, block);
     const bool smoothed = p.token.target && p.token.label_smoothing > 0;
     T* const onehot = per_token(kOnehot, block);
@@ -387,7 +384,7 @@ template <class S> struct LinearCrossEntropy {
       T* const out = g + v * width();
       for (int64_t j = 0; j < width(); j += kL) {
         const V xs = load(in + j), as = load(a + j);
-        V d = select(as == V{}, V{}, as * exp(xs - load(lse + j)));
+        V d = select(as == V{}, V{}, as * exp((xs - load(lse + j)) - load(low + j)));
         if (smoothed) d -= load(smooth + j) * splat(w);
         if (mixed) d -= load(probs + j) * load(mixed + v * width() + j);
         if (cap != 0) d *= capped_slope(xs, cap);

@@ -18,6 +18,7 @@ struct TokenLoss {
   int64_t ignore_index;
   void* loss;              // [N][S] of T, out; null in the backward
   void* lse;               // [N][S] of T, out in the forward, in in the backward
+  void* low;               // [N][S] of T, as lse: what rounding to T took from lse
   bool lse_everywhere;     // ignored tokens too
   const void* dloss;       // [N][S] of T, or null: 1
   const void* dlse;        // [N][S] of T, or null: 0
@@ -96,18 +97,31 @@ template <class T> struct Sums {
   double dot;   // sum_c of the same times (x_c - r)
 };
 
+// lse = m + log_sum, and what is left of it: a confident token's loss, lse - x_y, and its gradient
+// cancel to far below an ulp of lse, and must not inherit that error.
+template <class T> FASTLM_INLINE void store_lse(const TokenLoss& p, int64_t i, double m, double log_sum) {
+  const double sum = m + log_sum, part = sum - m;
+  const double error = (m - (sum - part)) + (log_sum - part);
+  const T lse = T(sum);
+  const T low = T((sum - double(lse)) + error);
+  static_cast<T*>(p.lse)[i] = lse;
+  static_cast<T*>(p.low)[i] = low == low ? low : T(0);  // of an infinite lse
+}
+
+// Of the token at i, whose lse is stored. x_y: the logit of its class, if it has one.
 template <class T>
-FASTLM_INLINE T token_loss(const TokenLoss& p, int64_t C, int64_t i, T lse, T x_y, const Sums<T>& s) {
-  const T e = T(p.label_smoothing);
-  const T rest = p.target && e == 0 ? T(0) : T(s.mass * double(lse - s.r) - s.dot);
-  T loss = rest;
+FASTLM_INLINE T token_loss(const TokenLoss& p, int64_t C, int64_t i, T x_y, const Sums<T>& s) {
+  const double e = p.label_smoothing;
+  const double lse = double(static_cast<const T*>(p.lse)[i]), low = double(static_cast<const T*>(p.low)[i]);
+  const double rest = p.target && e == 0 ? 0 : s.mass * ((lse - double(s.r)) + low) - s.dot;
+  double loss = rest;
   if (p.target) {
-    const T w = p.weight ? static_cast<const T*>(p.weight)[p.target[i]] : T(1);
-    loss = (1 - e) * w * (lse - x_y);
-    if (e > 0) loss += e / T(C) * rest;
+    const double w = p.weight ? double(static_cast<const T*>(p.weight)[p.target[i]]) : 1;
+    loss = (1 - e) * w * ((lse - double(x_y)) + low);
+    if (e > 0) loss += e / double(C) * rest;
   }
-  if (p.z_loss != 0) loss += T(p.z_loss) * lse * lse;
-  return loss;
+  if (p.z_loss != 0) loss += p.z_loss * lse * lse;
+  return T(loss);
 }
 
 }  // namespace fastlm::FASTLM_ISA

@@ -1,14 +1,16 @@
 """Softmax cross-entropy: fake kernels, autograd and entry point.
 
-fastlm::cross_entropy(input, target, weight, ...) -> (loss, lse, dinput)
+fastlm::cross_entropy(input, target, weight, ...) -> (loss, lse, low, dinput)
     input   (C), (N, C) or (N, C, d1, ...), floating, any strides
     target  int64 class indices, input's shape without C; or probabilities, input's shape and dtype
     weight  (C) in the compute dtype, or None
     loss    input's shape without C, or () if reduced; in the compute dtype with full_precision,
             else in input's
     lse     input's shape without C, compute dtype; 0 for ignored tokens unless return_lse
+    low     like lse, what rounding took from it: lse + low is exact enough for confident tokens
     dinput  like input, the gradient for an upstream gradient of 1; empty unless `gradient`
-fastlm::cross_entropy_backward(dloss, dlse, input, target, weight, lse, ...) -> (dinput, dtarget)
+fastlm::cross_entropy_backward(dloss, dlse, input, target, weight, lse, low, ...)
+        -> (dinput, dtarget)
     each empty unless wanted
 
 The compute dtype is float64 for float64 and float32 otherwise; reduction is 0 none, 1 mean, 2 sum.
@@ -52,12 +54,13 @@ def _(
         [] if reduction else shape, dtype=compute if full_precision else input.dtype
     )
     lse = input.new_empty(shape, dtype=compute)
-    return loss, lse, torch.empty_like(input) if gradient else input.new_empty(0)
+    dinput = torch.empty_like(input) if gradient else input.new_empty(0)
+    return loss, lse, torch.empty_like(lse), dinput
 
 
 @torch.library.register_fake("fastlm::cross_entropy_backward")
 def _(
-    dloss, dlse, input, target, weight, lse, reduction, ignore_index, label_smoothing, z_loss,
+    dloss, dlse, input, target, weight, lse, low, reduction, ignore_index, label_smoothing, z_loss,
     softcap, input_gradient, target_gradient,
 ):  # fmt: skip
     return (
@@ -66,9 +69,9 @@ def _(
     )
 
 
-def _save(ctx, input, target, weight, lse, options):
+def _save(ctx, input, target, weight, lse, low, options):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, weight, lse)
+    ctx.save_for_backward(input, target, weight, lse, low)
     ctx.options = options
     ctx.dinput = None
 
@@ -78,7 +81,7 @@ def _gradients(ctx, dloss, dlse):
     wants_input, wants_target = ctx.needs_input_grad[:2]
     if dloss is None and dlse is None:
         return None, None
-    input, target, weight, lse = ctx.saved_tensors
+    input, target, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
     if torch.is_grad_enabled() or batched(dloss, dlse):
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
@@ -91,17 +94,17 @@ def _gradients(ctx, dloss, dlse):
     if dloss is None:
         dloss = lse.new_zeros([] if reduction else lse.shape)
     dinput, dtarget = _backward_op(
-        dloss, dlse, input, target, weight, lse, *ctx.options, wants_input, wants_target
+        dloss, dlse, input, target, weight, lse, low, *ctx.options, wants_input, wants_target
     )
     return dinput if wants_input else None, dtarget if wants_target else None
 
 
 def _setup_context(ctx, inputs, output):
     input, target, weight, *options, _, _, _ = inputs
-    _save(ctx, input, target, weight, output[1], options)
+    _save(ctx, input, target, weight, output[1], output[2], options)
 
 
-def _backward(ctx, dloss, dlse, ddinput):
+def _backward(ctx, dloss, dlse, *unused):
     # The functions that call the operator under autograd never ask it for dinput.
     return *_gradients(ctx, dloss, dlse), *[None] * 9
 
@@ -140,10 +143,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, return_lse, full_precision, fused, options):
         with _below_autograd():
-            loss, lse, dinput = _forward(
+            loss, lse, low, dinput = _forward(
                 input, target, weight, *options, return_lse, full_precision, fused
             )
-        _save(ctx, input, target, weight, lse, options)
+        _save(ctx, input, target, weight, lse, low, options)
         ctx.fused = fused
         if fused:
             ctx.dinput = dinput
@@ -173,7 +176,7 @@ def cross_entropy(
     """The operator with autograd, arguments checked and converted already."""
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
     if torch.compiler.is_compiling():
-        loss, lse, _ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+        loss, lse, *_ = _forward(input, target, weight, *options, return_lse, full_precision, False)
         return (loss, lse) if return_lse else loss
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         # float16: the gradients of a mean underflow unless the loss scale is in them from the start.
@@ -187,18 +190,18 @@ def cross_entropy(
             input, target, weight, return_lse, full_precision, fused, options
         )
     with _below_autograd():
-        loss, lse, _ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+        loss, lse, *_ = _forward(input, target, weight, *options, return_lse, full_precision, False)
     return (loss, lse) if return_lse else loss
 
 
 # ---- linear_cross_entropy -----------------------------------------------------------------
 #
 # fastlm::linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ...)
-#         -> (loss, lse, dinput, dlinear_weight, dlinear_bias)
+#         -> (loss, lse, low, dinput, dlinear_weight, dlinear_bias)
 #     input (D) or (N, D); linear_weight (C, D) or (C, d1, ..., D); linear_bias its shape without D;
 #     the rest as above for logits (C), (N, C) or (N, C, d1, ...), which never exist whole
 #     the gradients are for an upstream gradient of 1, each empty unless asked for
-# fastlm::linear_cross_entropy_backward(dloss, dlse, input, ..., lse, ...)
+# fastlm::linear_cross_entropy_backward(dloss, dlse, input, ..., lse, low, ...)
 #         -> (dinput, dlinear_weight, dlinear_bias), each empty unless wanted
 #
 # With the gradients in the forward, loss and gradients cost three matrix products; a backward from
@@ -229,20 +232,20 @@ def _(
         [] if reduction else shape, dtype=compute if full_precision else input.dtype
     )
     lse = input.new_empty(shape, dtype=compute)
-    return loss, lse, *_empty_gradients((input, linear_weight, linear_bias), wanted)
+    return loss, lse, torch.empty_like(lse), *_empty_gradients((input, linear_weight, linear_bias), wanted)
 
 
 @torch.library.register_fake("fastlm::linear_cross_entropy_backward")
 def _(
-    dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, reduction, ignore_index,
-    label_smoothing, z_loss, softcap, *wanted,
+    dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, reduction,
+    ignore_index, label_smoothing, z_loss, softcap, *wanted,
 ):  # fmt: skip
     return _empty_gradients((input, linear_weight, linear_bias), wanted)
 
 
-def _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, options):
+def _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, low, options):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse)
+    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, lse, low)
     ctx.options = options
 
 
@@ -250,7 +253,7 @@ def _linear_gradients(ctx, dloss, dlse, needed):
     """Gradients to input, linear_weight and linear_bias, None for one not needed."""
     if dloss is None and dlse is None:
         return None, None, None
-    input, linear_weight, target, linear_bias, weight, lse = ctx.saved_tensors
+    input, linear_weight, target, linear_bias, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
     if torch.is_grad_enabled() or batched(dloss, dlse):
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
@@ -265,14 +268,15 @@ def _linear_gradients(ctx, dloss, dlse, needed):
     if dloss is None:
         dloss = lse.new_zeros([] if reduction else lse.shape)
     grads = _linear_backward_op(
-        dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, *ctx.options, *needed
+        dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, *ctx.options,
+        *needed
     )
     return [g if need else None for g, need in zip(grads, needed, strict=True)]
 
 
 def _linear_setup_context(ctx, inputs, output):
     *tensors, _, _, _, _ = inputs
-    _save_linear(ctx, *tensors[:5], output[1], tensors[5:])
+    _save_linear(ctx, *tensors[:5], output[1], output[2], tensors[5:])
 
 
 def _linear_backward(ctx, dloss, dlse, *unused):
@@ -298,10 +302,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.needed = ctx.needs_input_grad[:3]
         wanted = ctx.needed if fused else (False, False, False)
         with _below_autograd():
-            loss, lse, *grads = _linear_forward(
+            loss, lse, low, *grads = _linear_forward(
                 input, linear_weight, target, linear_bias, weight, *options, full_precision, *wanted
             )
-        _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, options)
+        _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, low, options)
         ctx.fused = fused
         for name, grad, need in zip(_LINEAR_GRADIENTS, grads, wanted, strict=True):
             setattr(ctx, name, grad if need else None)
