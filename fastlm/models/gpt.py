@@ -175,9 +175,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)
+        q, k = qk.split((self.n_head, self.n_kv_head), dim=1)
         mask = None
         if cache is not None and prefill:
             cache.fill(self.layer, k, v)
