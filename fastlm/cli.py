@@ -100,6 +100,7 @@ def _train(
         f"{torch.get_num_threads()} threads; {len(trainer.corpus.train):,} training tokens; "
         f"in {folder}",
         soft_wrap=True,
+        markup=False,
     )
     try:
         with TrainingDisplay(trainer, console) as display:
@@ -110,6 +111,7 @@ def _train(
             f"stopped after step {trainer.progress.step}; "
             f"to go on: fastlm train --resume --out {folder}",
             soft_wrap=True,
+            markup=False,
         )
         raise typer.Exit(130) from None
     console.print(f"{trainer.progress.step} steps, {trainer.progress.seconds:.0f} s of training")
@@ -398,7 +400,7 @@ def info() -> None:
         for name in ops.BACKENDS
     }
     for name, value in rows.items():
-        console.print(f"{name:<16} {value}", soft_wrap=True)
+        console.print(f"{name:<16} {value}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
