@@ -9,6 +9,7 @@ from torch.nn import Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm import functional
+from fastlm.functional.gru import check_probability
 
 __all__ = ["CrossEntropyLoss", "GRU", "GRUCell", "LinearCrossEntropyLoss", "MultiheadAttention"]
 
@@ -238,8 +239,8 @@ class GRU(torch.nn.RNNBase):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         self._norm_names: list[str] = []
         super().__init__("GRU", *args, **kwargs)
-        self.zoneout = functional._check_probability("nn.GRU", "zoneout", zoneout)
-        self.recurrent_dropout = functional._check_probability(
+        self.zoneout = check_probability("nn.GRU", "zoneout", zoneout)
+        self.recurrent_dropout = check_probability(
             "nn.GRU", "recurrent_dropout", recurrent_dropout
         )
         self.layer_norm = bool(layer_norm)
@@ -338,8 +339,8 @@ class GRUCell(torch.nn.GRUCell):
 
     def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.zoneout = functional._check_probability("nn.GRUCell", "zoneout", zoneout)
-        self.recurrent_dropout = functional._check_probability(
+        self.zoneout = check_probability("nn.GRUCell", "zoneout", zoneout)
+        self.recurrent_dropout = check_probability(
             "nn.GRUCell", "recurrent_dropout", recurrent_dropout
         )
         self.layer_norm = bool(layer_norm)

@@ -1,0 +1,14 @@
+"""The public functions, with PyTorch's names, argument order and defaults."""
+
+from fastlm.functional.attention import scaled_dot_product_attention, varlen_attn
+from fastlm.functional.cross_entropy import cross_entropy, linear_cross_entropy
+from fastlm.functional.gru import gru, gru_cell
+
+__all__ = [
+    "cross_entropy",
+    "gru",
+    "gru_cell",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+    "varlen_attn",
+]

@@ -1,0 +1,301 @@
+"""GRU: the public functions. Arguments as PyTorch's, checked here, before any work."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastlm import reference
+from fastlm.ops import choose_backend
+from fastlm.ops import gru as ops_gru
+
+_GRU = (
+    "input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional",
+    "batch_first",
+)  # fmt: skip
+_GRU_PACKED = ("data", "batch_sizes", *_GRU[1:-1])
+
+
+def _gru_arguments(args: tuple, kwargs: dict) -> dict:
+    """The arguments of either overload of torch._VF.gru by name."""
+    packed = "batch_sizes" in kwargs or "data" in kwargs or (len(args) > 2 and isinstance(args[2], Tensor))
+    names = _GRU_PACKED if packed else _GRU
+    if len(args) > len(names):
+        raise TypeError(f"fastlm.gru: {len(args)} positional arguments, expected {len(names)}")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names or name in given:
+            raise TypeError(f"fastlm.gru: unexpected or repeated argument {name!r}")
+        given[name] = value
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise TypeError(f"fastlm.gru: missing arguments {', '.join(missing)}")
+    return given
+
+
+def check_probability(function: str, name: str, p: float) -> float:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"fastlm.{function}: {name} is {p!r}, expected a probability in [0, 1]")
+    return float(p)
+
+
+def _check_gru_tensors(function: str, tensors: list[tuple[str, Tensor]], like: Tensor, casting: bool) -> None:
+    for name, x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"fastlm.{function}: {name} is {type(x).__name__}, expected a Tensor")
+        if x.layout != torch.strided:
+            raise RuntimeError(f"fastlm.{function}: {name} has layout {x.layout}, expected torch.strided")
+        if not x.is_floating_point():
+            raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected a floating dtype")
+        if x.dtype != like.dtype and not casting:
+            raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected {like.dtype} as the input is")
+        if x.device != like.device:
+            raise RuntimeError(f"fastlm.{function}: {name} is on {x.device}, expected {like.device} as the input is")
+
+
+def _check_gru_weights(function: str, weights: list[tuple[str, Tensor]], I: int, H: int) -> None:
+    shapes = {"w_ih": (3 * H, I), "w_hh": (3 * H, H)}
+    for name, w in weights:
+        shape = shapes.get(name.split("[")[0], (3 * H,))
+        if w.shape != shape:
+            raise RuntimeError(
+                f"fastlm.{function}: {name} has shape {tuple(w.shape)}, expected {shape} "
+                f"(input size {I}, hidden size {H})"
+            )
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, if it is on, wants products of x to be in; float64 is left alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type not in ("cpu", "meta"):
+        raise RuntimeError("fastlm.gru: batch_sizes must be an int64 vector on the CPU")
+    symbolic = torch.compiler.is_compiling() or isinstance(batch_sizes, FakeTensor)
+    if symbolic or batch_sizes.device.type == "meta":
+        return  # the values are not known; the kernel checks them
+    if batch_sizes.shape[0] == 0:
+        raise RuntimeError("fastlm.gru: batch_sizes is empty, expected at least one time step")
+    sizes = batch_sizes.tolist()
+    if sizes[-1] <= 0 or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise RuntimeError(f"fastlm.gru: batch_sizes is {sizes}, expected positive sizes that never grow")
+    if sum(sizes) != rows:
+        raise RuntimeError(f"fastlm.gru: batch_sizes adds up to {sum(sizes)}, expected the {rows} rows of data")
+    if sizes[0] != B:
+        raise RuntimeError(f"fastlm.gru: hx has batch size {B}, expected {sizes[0]} (batch_sizes[0])")
+
+
+def _run_gru(function, stack, tensors, arguments):
+    """Calls stack(layer, *arguments) with tensors cast as autocast wants it: states keep the dtype that
+    promotion gives them, as in torch.nn.GRU."""
+    input, hx = tensors
+    layer = ops_gru.gru_layer if choose_backend(function, input) == "cpu" else reference.gru_layer
+    dtype = _autocast(input)
+    if dtype is None:
+        return stack(layer, *arguments)
+    result = torch.promote_types(hx.dtype, dtype)
+
+    def cast(x):
+        if isinstance(x, Tensor):
+            return x.to(dtype) if x.is_floating_point() else x
+        return [cast(y) for y in x] if isinstance(x, (list, tuple)) else x
+
+    output = stack(layer, *(cast(x) for x in arguments))
+    return output.to(result) if isinstance(output, Tensor) else tuple(x.to(result) for x in output)
+
+
+@overload
+def gru(
+    input: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool, num_layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool, *, zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0, layer_norm: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def gru(
+    data: Tensor, batch_sizes: Tensor, hx: Tensor, params: list[Tensor], has_biases: bool,
+    num_layers: int, dropout: float, train: bool, bidirectional: bool, *, zoneout: float = 0.0,
+    recurrent_dropout: float = 0.0, layer_norm: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
+    r"""A gated recurrent unit over whole sequences; both forms of ``torch._VF.gru``, which
+    :class:`torch.nn.GRU` calls::
+
+        gru(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        gru(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+    .. math::
+        r = \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}), \quad
+        z = \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}), \\
+        n = \tanh(W_{in} x + b_{in} + r (W_{hn} h + b_{hn})), \quad
+        h' = (1 - z) n + z h
+
+    Args:
+        input (Tensor): :math:`(T, B, I)`, or :math:`(B, T, I)` with `batch_first`; at least one step.
+        data (Tensor): :math:`(N, I)`, the rows of a :class:`~torch.nn.utils.rnn.PackedSequence`.
+        batch_sizes (Tensor): its batch sizes, int64 :math:`(T)` on the CPU.
+        hx (Tensor): initial states, :math:`(L D, B, H)` for L layers and D directions.
+        params (list of Tensor): for each layer and direction ``w_ih`` :math:`(3H, I)`, ``w_hh``
+            :math:`(3H, H)` and, with `has_biases`, ``b_ih`` and ``b_hh`` :math:`(3H)`; gates r, z, n.
+            Behind the first layer I is :math:`D H`.
+        dropout (float): dropped share of every layer's output but the last one's, when training.
+        train (bool): training; gradients are right in either mode.
+        zoneout (float): probability that a unit keeps its state at a step. In training a mask is drawn
+            for each step, otherwise its expectation is used: ``h' = p h + (1 - p) h'`` (Krueger et al.,
+            Zoneout, ICLR 2017).
+        recurrent_dropout (float): dropped share of the elements of each ``w_hh`` in training, drawn
+            once per call and scaled by ``1 / (1 - p)`` (DropConnect on the recurrent weights: Merity et
+            al., Regularizing and Optimizing LSTM Language Models, ICLR 2018).
+        layer_norm (list of Tensor): for each layer and direction two gains :math:`(3H)`: ``W_i x`` and
+            ``W_h h`` are normalised over their 3H values, eps 1e-5, and scaled by them before the biases
+            are added (Ba et al., Layer Normalization, 2016, in the form of the library haste).
+
+    Returns:
+        ``output`` :math:`(T, B, D H)`, :math:`(B, T, D H)` or :math:`(N, D H)`, and the last states
+        ``hn`` :math:`(L D, B, H)`.
+
+    All tensors have one dtype: float64, float32, bfloat16 or float16; the 16-bit ones are computed in
+    float32. Under autocast they are cast as for torch.nn.GRU. Masks come from torch's generator.
+
+    Raises:
+        TypeError: an argument is missing or is no tensor.
+        ValueError: a probability outside [0, 1].
+        RuntimeError: shapes, dtypes or devices that do not fit; no time step; bad batch sizes.
+    """
+    a = _gru_arguments(args, kwargs)
+    batch_sizes = a.get("batch_sizes")
+    packed = "batch_sizes" in a
+    input, hx, params = a["data" if packed else "input"], a["hx"], a["params"]
+    gains = list(layer_norm) if layer_norm is not None else []
+    if not isinstance(params, (list, tuple)):
+        raise TypeError(f"fastlm.gru: params is {type(params).__name__}, expected a list of Tensors")
+    everything = (input, hx, *params, *gains)
+    if has_torch_function(everything):
+        options = dict(zoneout=zoneout, recurrent_dropout=recurrent_dropout, layer_norm=layer_norm)
+        return handle_torch_function(gru, everything, *args, **options, **kwargs)
+
+    has_biases, bidirectional = bool(a["has_biases"]), bool(a["bidirectional"])
+    layers, D = a["num_layers"], 2 if bidirectional else 1
+    dropout = check_probability("gru", "dropout", a["dropout"])
+    zoneout = check_probability("gru", "zoneout", zoneout)
+    recurrent_dropout = check_probability("gru", "recurrent_dropout", recurrent_dropout)
+    names = ("w_ih", "w_hh", "b_ih", "b_hh")[: 4 if has_biases else 2]
+    if layers < 1 or len(params) != layers * D * len(names):
+        raise RuntimeError(
+            f"fastlm.gru: {len(params)} weights, expected {len(names)} for each of "
+            f"{layers} layers and {D} directions"
+        )
+    if layer_norm is not None and len(gains) != 2 * layers * D:
+        raise RuntimeError(f"fastlm.gru: {len(gains)} layer_norm gains, expected {2 * layers * D}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"fastlm.gru: input is {type(input).__name__}, expected a Tensor")
+    weights = [
+        (f"{name}[{i}]", params[i * len(names) + j])
+        for i in range(layers * D)
+        for j, name in enumerate(names)
+    ]
+    weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
+    _check_gru_tensors("gru", [("hx", hx), *weights], input, _autocast(input) is not None)
+
+    if input.dim() != (2 if packed else 3):
+        raise RuntimeError(
+            f"fastlm.gru: {'data' if packed else 'input'} has shape {tuple(input.shape)}, expected "
+            f"{'(N, I)' if packed else '3 dimensions'}"
+        )
+    batch_first = not packed and a["batch_first"]
+    if batch_first:
+        input = input.transpose(0, 1)
+    if hx.dim() != 3 or hx.shape[0] != layers * D or hx.shape[2] < 1:
+        raise RuntimeError(
+            f"fastlm.gru: hx has shape {tuple(hx.shape)}, expected ({layers * D}, B, H) for "
+            f"{layers} layers and {D} directions"
+        )
+    I, H = input.shape[-1], hx.shape[2]
+    if packed:
+        _check_batch_sizes(batch_sizes, input.shape[0], hx.shape[1])
+        batch_sizes = batch_sizes.contiguous()
+    else:
+        T, B = input.shape[:2]
+        if T == 0:
+            raise RuntimeError("fastlm.gru: Expected sequence length to be larger than 0 in RNN")
+        if hx.shape[1] != B:
+            raise RuntimeError(
+                f"fastlm.gru: hx has batch size {hx.shape[1]}, expected {B} (input is (T={T}, B={B}, I={I}))"
+            )
+    count = len(names) * D
+    for layer in range(layers):
+        _check_gru_weights(
+            "gru", weights[layer * count : (layer + 1) * count], I if layer == 0 else D * H, H
+        )
+    _check_gru_weights("gru", weights[layers * count :], I, H)
+
+    output, hn = _run_gru(
+        "gru", reference.gru_stack, (input, hx),
+        (input, batch_sizes, hx, list(params), has_biases, layers, dropout, bool(a["train"]),
+         bidirectional, zoneout, recurrent_dropout, gains or None),
+    )  # fmt: skip
+    return output.transpose(0, 1) if batch_first else output, hn
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, *, zoneout: float = 0.0, recurrent_dropout: float = 0.0,
+    layer_norm: tuple[Tensor, Tensor] | None = None, training: bool = True,
+) -> Tensor:  # fmt: skip
+    r"""One step of :func:`gru`; ``torch.gru_cell``, which :class:`torch.nn.GRUCell` calls.
+
+    Args:
+        input (Tensor): :math:`(B, I)`.
+        hx (Tensor): states, :math:`(B, H)`.
+        w_ih, w_hh (Tensor): :math:`(3H, I)` and :math:`(3H, H)`, gates r, z, n.
+        b_ih, b_hh (Tensor): :math:`(3H)`, or None.
+        zoneout, recurrent_dropout (float): as for :func:`gru`; masks are drawn at every call. To drop
+            the same recurrent weights at all steps of a sequence, drop them out of `w_hh` beforehand.
+        layer_norm (pair of Tensor): the gains of the norms of ``W_i x`` and ``W_h h``, :math:`(3H)`.
+        training (bool): draw masks for zoneout and recurrent dropout.
+
+    Returns:
+        The new states, :math:`(B, H)`.
+
+    Raises: as :func:`gru`.
+    """
+    biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
+    gains = list(layer_norm) if layer_norm is not None else []
+    everything = (input, hx, w_ih, w_hh, *(b for _, b in biases), *gains)
+    if has_torch_function(everything):
+        return handle_torch_function(
+            gru_cell, everything, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout, layer_norm=layer_norm, training=training,
+        )  # fmt: skip
+    zoneout = check_probability("gru_cell", "zoneout", zoneout)
+    recurrent_dropout = check_probability("gru_cell", "recurrent_dropout", recurrent_dropout)
+    if layer_norm is not None and len(gains) != 2:
+        raise RuntimeError(f"fastlm.gru_cell: {len(gains)} layer_norm gains, expected 2")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"fastlm.gru_cell: input is {type(input).__name__}, expected a Tensor")
+    weights = [("w_ih", w_ih), ("w_hh", w_hh), *biases]
+    weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
+    _check_gru_tensors("gru_cell", [("hx", hx), *weights], input, _autocast(input) is not None)
+    for name, x in (("input", input), ("hx", hx)):
+        if x.dim() != 2:
+            raise RuntimeError(f"fastlm.gru_cell: {name} has shape {tuple(x.shape)}, expected 2 dimensions")
+    if hx.shape[0] != input.shape[0]:
+        raise RuntimeError(
+            f"fastlm.gru_cell: hx has batch size {hx.shape[0]}, expected {input.shape[0]} as the input"
+        )
+    if hx.shape[1] < 1:
+        raise RuntimeError(f"fastlm.gru_cell: hx has shape {tuple(hx.shape)}, expected a hidden unit at least")
+    _check_gru_weights("gru_cell", weights, input.shape[1], hx.shape[1])
+    return _run_gru(
+        "gru_cell", reference.gru_cell_stack, (input, hx),
+        (input, hx, w_ih, w_hh, b_ih, b_hh, zoneout, recurrent_dropout, gains or None, training),
+    )  # fmt: skip
