@@ -26,7 +26,8 @@ from fastlm.models import MODELS, LanguageModel
 from fastlm.options import PRESETS, TrainOptions
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
-TIMED_STEPS = 20  # the first plan of a timed run is made after so many
+TIMED_STEPS = 20  # a timed run plans its number of steps after so many
+LATE = 1.25  # and again where it would take so many times its time
 
 
 def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
@@ -99,9 +100,10 @@ class Interrupted(Exception):
 class Progress:
     """What a run needs to go on, besides tensors.
 
-    A timed run plans its number of steps from its speed, and again at each checkpoint, never in
-    between: a resumed run follows the plan that it was killed under. A new plan keeps the share of
-    the schedule that is done and spreads the rest over the steps left.
+    A timed run plans its number of steps from its first steps' speed, and saves the plan at once, so
+    that a resumed run follows it to the bit. Only a machine that has become much slower makes a new
+    plan, at a checkpoint: it keeps the share of the schedule that is done and spreads the rest over
+    the steps left.
     """
 
     step: int = 0  # steps done
@@ -122,12 +124,16 @@ class Progress:
         return self.plan_done + (1 - self.plan_done) * share
 
     def plan(self, limit: float) -> None:
-        """Sets the number of steps to what fits ``limit`` seconds at the speed since the last
-        plan."""
+        """Sets the number of steps to what fits ``limit`` seconds at the speed since the last plan,
+        if there is no plan yet or the one there is would run late."""
         steps = self.step - self.plan_step
         if steps == 0:
             return
-        left = (limit - self.seconds) * steps / (self.seconds - self.plan_seconds)
+        pace = (self.seconds - self.plan_seconds) / steps
+        if self.max_steps is not None:
+            if self.seconds + (self.max_steps - self.step) * pace <= LATE * limit:
+                return
+        left = (limit - self.seconds) / pace
         self.plan_done, self.plan_step, self.plan_seconds = self.done(), self.step, self.seconds
         self.max_steps = self.step + max(0, math.floor(left))
 

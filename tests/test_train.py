@@ -181,16 +181,19 @@ def test_a_new_plan_bends_the_schedule_without_a_jump():
     progress = Progress(step=20, seconds=10.0)
     progress.plan(limit=100)
     assert progress.max_steps == 200 and progress.done() == 0
-    progress.step, progress.seconds = 110, 64.0  # half the steps, at 0.6 s
+    progress.step, progress.seconds = 65, 37.0  # a quarter of the steps, at 0.6 s: 118 s in all
+    progress.plan(limit=100)
+    assert progress.max_steps == 200
+    progress.step, progress.seconds = 110, 82.0  # half of them, at 0.8 s
     before = progress.done()
     progress.plan(limit=100)
     assert progress.done() == before == 0.5
-    assert progress.max_steps == 170
-    progress.step = 170
+    assert progress.max_steps == 132
+    progress.step = 132
     assert progress.done() == 1
-    progress.seconds = 120.0
+    progress.seconds = 130.0
     progress.plan(limit=100)
-    assert progress.max_steps == 170
+    assert progress.max_steps == 132
 
 
 def test_a_timed_run_ends_in_time_and_resumes_on_its_plan(options, tmp_path, monkeypatch):
@@ -213,7 +216,7 @@ def test_a_timed_run_ends_in_time_and_resumes_on_its_plan(options, tmp_path, mon
     assert trainer.progress.step == 30 and trainer.progress.max_steps == plan["max_steps"]
     trainer.train()
     assert trainer.progress.step == trainer.progress.max_steps < plan["max_steps"] - 20
-    assert trainer.progress.seconds == pytest.approx(4.0, abs=0.2)
+    assert 3.5 < trainer.progress.seconds < 4.0 * train.LATE
     last = [r["lr"] for r in curve(tmp_path / "run") if r["kind"] == "step"][-1]
     assert last < 0.15 * options.lr
 
