@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.ops import choose_backend, under_transform
+from fastlm.ops import autocast_is_on, choose_backend, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
 
@@ -190,7 +190,7 @@ def cross_entropy(
         raise RuntimeError(
             f"{name}: input is on {input.device} and target on {target.device}, expected one device"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_is_on(input.device)
     probabilities = _check_target(
         name, "input", shape, dtype, target, weight, ignore_index, not autocast
     )
@@ -344,7 +344,7 @@ def linear_cross_entropy(
             " expected a torch.nn.LinearCrossEntropyOptions or None"
         )
     device = input.device
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = autocast_is_on(device)
     logits = _check_linear(name, input, linear_weight, linear_bias, autocast)
     if target.device != device:
         raise RuntimeError(

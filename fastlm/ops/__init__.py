@@ -85,6 +85,12 @@ def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None 
     return _forced
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for the device; there are devices that it does not know, as meta."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def under_transform(*tensors: torch.Tensor | None) -> bool:
     """Whether a functorch transform or forward-mode AD is at work: kernels have no rule for these,
     the reference formulas compose with all of them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import reference_backward
+from fastlm.ops import batched, reference_backward
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _forward = torch.ops.fastlm.attention_forward.default
@@ -78,7 +78,8 @@ def _gradients(ctx, dout, dlse):
     nones = (None,) * 7  # seed and the options
     if dout is None and dlse is None:
         return (None,) * 6 + nones
-    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+    # create_graph=True asks for gradients that can be differentiated again.
+    if torch.is_grad_enabled() or batched(dout, dlse):
 
         def formula(query, key, value, attn_mask, alibi_slopes, sinks):
             return reference.scaled_dot_product_attention(
@@ -116,7 +117,7 @@ def _varlen_gradients(ctx, dout, dlse):
     nones = (None,) * 10
     if dout is None and dlse is None:
         return (None,) * 3 + nones
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or batched(dout, dlse):
 
         def formula(query, key, value):
             return reference.varlen_attn(

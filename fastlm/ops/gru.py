@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import reference_backward, under_transform
+from fastlm.ops import batched, reference_backward, under_transform
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _forward = torch.ops.fastlm.gru_layer.default
@@ -68,7 +68,8 @@ def _gradients(ctx, dout, dhn, input_wanted, hx_wanted, weights_wanted):
     has_biases, layer_norm, zoneout = ctx.options
     if dout is None and dhn is None:
         return None, None, [None] * len(weights)
-    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated again
+    # create_graph=True asks for gradients that can be differentiated again.
+    if torch.is_grad_enabled() or batched(dout, dhn):
 
         def formula(input, hx, *weights):
             return reference.gru_layer(
