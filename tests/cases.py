@@ -387,7 +387,172 @@ register(
 # ---- gru ----------------------------------------------------------------------------------
 
 
+def gru_case(
+    id: str, T: int, B: int, I: int, H: int, layers: int = 1, directions: int = 1, *,
+    bias: bool = True, lengths: Sequence[int] | None = None, batch_first: bool = False,
+    train: bool = False, dropout: float = 0.0, norm: bool = False, frozen: str = "",
+    eager: bool = True, random: bool = False, **options: float,
+) -> Case:  # fmt: skip
+    """T steps of B sequences, or packed sequences of `lengths`. Weights have the size that torch.nn
+    gives them. frozen: "input" or "weights" that take no gradient."""
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        params, gains = [], []
+        for index in range(layers * directions):
+            width = I if index < directions else directions * H
+            shapes = [(3 * H, width), (3 * H, H)] + [(3 * H,)] * (2 if bias else 0)
+            params += [draw(*shape, scale=H**-0.5, grad=frozen != "weights") for shape in shapes]
+            gains += [draw(3 * H) for _ in range(2 if norm else 0)]
+        if lengths is None:
+            shape, batch, sizes = (B, T) if batch_first else (T, B), B, ()
+        else:
+            sizes = torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths))])
+            shape, batch, sizes = (sum(lengths),), len(lengths), (sizes,)
+        input = draw(*shape, I, grad=frozen != "input")
+        hx = draw(layers * directions, batch, H)
+        args = (input, *sizes, hx, params, bias, layers, dropout, train, directions == 2)
+        keywords = dict(options, layer_norm=gains) if norm else options
+        return args if lengths is not None else (*args, batch_first), keywords
+
+    return Case(id, build, eager=eager, random=random)
+
+
+def gru_flops(*args, **kwargs) -> tuple[int, int]:
+    """The products with W_ih and W_hh; twice as many in the backward."""
+    packed = isinstance(args[2], Tensor)
+    rows = args[0].shape[:-1].numel()
+    weights = args[3] if packed else args[2]
+    forward = sum(2 * rows * w.numel() for w in weights if w.dim() == 2)
+    return forward, 2 * forward
+
+
+def gru_bytes(*args, **kwargs) -> tuple[int, int]:
+    """Input, weights and output once; in the backward their gradients and they again."""
+    packed = isinstance(args[2], Tensor)
+    hx, weights = args[2:4] if packed else args[1:3]
+    rows = args[0].shape[:-1].numel()
+    output = rows * hx.shape[-1] * (2 if args[8 if packed else 7] else 1)
+    elements = args[0].numel() + output + sum(w.numel() for w in weights)
+    return elements * hx.element_size(), 2 * elements * hx.element_size()
+
+
+# Unequal lengths around the rows of a micro-tile, two that are equal, one step alone.
+UNEQUAL = (9, 7, 7, 4, 3, 1)
+# A minute's mix: 32 sequences of 16 to 256 steps.
+MIXED = tuple(sorted((16 + (37 * i * i) % 241 for i in range(32)), reverse=True))
+
+register(
+    Operator(
+        name="gru",
+        function=fastlm.gru,
+        reference=fastlm.reference.gru,
+        eager=torch._VF.gru,
+        cases=(
+            gru_case("plain", 5, 3, 7, 8),
+            gru_case("one-of-everything", 1, 1, 1, 1),
+            *(gru_case(f"H{H}", 3, 2, 5, H) for H in (3, 4, 7, 9, 15, 16, 17, 33)),
+            *(gru_case(f"B{B}", 3, B, 4, 6) for B in (0, 1, 4, 5, 9, 17)),
+            gru_case("wide-input", 2, 3, 200, 5),
+            gru_case("deeper-than-a-panel", 2, 9, 3, 300),  # products in two blocks of k
+            gru_case("one-row-split-over-threads", 3, 1, 5, 200),
+            gru_case("rows-split-over-threads", 4, 40, 5, 12),
+            gru_case("no-bias", 4, 3, 5, 6, bias=False),
+            gru_case("batch-first", 4, 3, 5, 6, batch_first=True),
+            gru_case("training", 4, 3, 5, 6, 2, train=True),
+            gru_case("three-layers", 4, 3, 5, 6, 3),
+            gru_case("bidirectional", 5, 3, 5, 9, directions=2),
+            gru_case("bidirectional-two-layers-no-bias", 4, 5, 3, 8, 2, 2, bias=False, batch_first=True),
+            gru_case("packed", 0, 0, 5, 9, lengths=UNEQUAL),
+            gru_case("packed-equal-lengths", 0, 0, 5, 8, lengths=(4, 4, 4)),
+            gru_case("packed-bidirectional-two-layers", 0, 0, 5, 7, 2, 2, lengths=UNEQUAL),
+            gru_case("packed-rows-split-over-threads", 0, 0, 4, 9, 1, 2, lengths=(7,) * 3 + (5,) * 9 + (1,) * 9),
+            gru_case("frozen-input", 4, 3, 5, 6, 2, frozen="input"),
+            gru_case("frozen-weights", 4, 3, 5, 6, 2, frozen="weights"),
+            gru_case("zoneout-expected", 4, 3, 5, 6, zoneout=0.3, eager=False),
+            gru_case("zoneout-all", 4, 3, 5, 6, zoneout=1.0, eager=False),
+            gru_case("layer-norm", 4, 5, 5, 7, norm=True, eager=False),
+            gru_case("layer-norm-no-bias", 3, 2, 4, 16, norm=True, bias=False, eager=False),
+            gru_case("layer-norm-packed", 0, 0, 5, 9, 2, 2, norm=True, lengths=UNEQUAL, eager=False),
+            gru_case("layer-norm-split-over-threads", 3, 2, 5, 200, norm=True, eager=False),
+            gru_case("dropout", 4, 3, 5, 6, 3, dropout=0.4, train=True, random=True),
+            gru_case("zoneout", 4, 3, 5, 6, 2, 2, zoneout=0.4, train=True, eager=False, random=True),
+            gru_case(
+                "zoneout-packed", 0, 0, 5, 6, lengths=UNEQUAL, zoneout=0.4, train=True, eager=False,
+                random=True,
+            ),
+            gru_case(
+                "everything-random", 0, 0, 5, 6, 2, 2, lengths=UNEQUAL, norm=True, zoneout=0.2,
+                dropout=0.3, recurrent_dropout=0.3, train=True, eager=False, random=True,
+            ),
+        ),
+        bench=(
+            gru_case("T128-B1-H256", 128, 1, 256, 256, train=True),
+            gru_case("T128-B32-H256", 128, 32, 256, 256, train=True),
+            gru_case("T256-B32-H512-two-layers", 256, 32, 512, 512, 2, train=True),
+            gru_case("T128-B64-H1024", 128, 64, 1024, 1024, train=True),
+            gru_case("packed-B32-H256", 0, 0, 256, 256, lengths=MIXED, train=True),
+            gru_case("smallest-T4-B2-H8", 4, 2, 8, 8, train=True),
+        ),
+        flops=gru_flops,
+        bytes=gru_bytes,
+    )
+)
+
+
 # ---- gru_cell -----------------------------------------------------------------------------
+
+
+def gru_cell_case(
+    id: str, B: int, I: int, H: int, *, bias: bool = True, norm: bool = False, eager: bool = True,
+    random: bool = False, **options,
+) -> Case:  # fmt: skip
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        args = (draw(B, I), draw(B, H), draw(3 * H, I, scale=H**-0.5), draw(3 * H, H, scale=H**-0.5))
+        biases = (draw(3 * H), draw(3 * H)) if bias else ()
+        keywords = dict(options, layer_norm=(draw(3 * H), draw(3 * H))) if norm else options
+        return (*args, *biases), keywords
+
+    return Case(id, build, eager=eager, random=random)
+
+
+def gru_cell_flops(input, hx, w_ih, w_hh, *biases, **options) -> tuple[int, int]:
+    forward = 2 * input.shape[0] * (w_ih.numel() + w_hh.numel())
+    return forward, 2 * forward
+
+
+def gru_cell_bytes(*tensors, **options) -> tuple[int, int]:
+    elements = sum(x.numel() for x in tensors) + tensors[1].numel()
+    return elements * tensors[0].element_size(), 2 * elements * tensors[0].element_size()
+
+
+register(
+    Operator(
+        name="gru_cell",
+        function=fastlm.gru_cell,
+        reference=fastlm.reference.gru_cell,
+        eager=torch._VF.gru_cell,
+        cases=(
+            gru_cell_case("plain", 3, 5, 6),
+            *(gru_cell_case(f"H{H}", 2, 3, H) for H in (1, 7, 8, 9, 17)),
+            *(gru_cell_case(f"B{B}", B, 4, 5) for B in (0, 1, 5, 9)),
+            gru_cell_case("wide", 2, 120, 100),
+            gru_cell_case("no-bias", 3, 5, 6, bias=False),
+            gru_cell_case("zoneout-expected", 3, 5, 6, eager=False, zoneout=0.3, training=False),
+            gru_cell_case("layer-norm", 3, 5, 6, norm=True, eager=False),
+            gru_cell_case(
+                "random", 3, 5, 6, eager=False, random=True, zoneout=0.3, recurrent_dropout=0.3
+            ),
+        ),
+        bench=(
+            gru_cell_case("B1-H256", 1, 256, 256),
+            gru_cell_case("B64-H512", 64, 512, 512),
+        ),
+        flops=gru_cell_flops,
+        bytes=gru_cell_bytes,
+    )
+)
 
 
 # ---- cross_entropy ------------------------------------------------------------------------
