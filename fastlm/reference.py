@@ -230,7 +230,7 @@ def _gru_step(x: Tensor, h: Tensor, w_hh, b_hh, g_hh, update: Tensor | float) ->
     n = torch.tanh(xn + r * yn)
     if isinstance(update, float) and update == 1.0:
         return n + z * (h - n)
-    return n + (1 - update * (1 - z)) * (h - n)
+    return h + update * (1 - z) * (n - h)
 
 
 def gru_layer(
@@ -248,9 +248,9 @@ def gru_layer(
         r  = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
         z  = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
         n  = tanh(W_in x + b_in + r * (W_hn h + b_hn))
-        h' = n + k (h - n),  k = 1 - u (1 - z)
+        h' = h + u (1 - z) (n - h)
 
-    u = 1 without zoneout. With layer norm, W_i x and W_h h are normalised over their 3H values, and
+    u = 1 without zoneout: then h' = (1 - z) n + z h. With layer norm, W_i x and W_h h are normalised over their 3H values, and
     scaled by a gain, before the biases are added.
     """
     dtype, compute = input.dtype, compute_dtype(input.dtype)
@@ -306,12 +306,12 @@ def gru_stack(
         for d in range(index * D, (index + 1) * D):
             w_ih, w_hh, *biases = params[d * count : (d + 1) * count]
             if train and recurrent_dropout > 0:
-                w_hh = F.dropout(w_hh, recurrent_dropout)
+                w_hh = F.dropout(w_hh.contiguous(), recurrent_dropout)  # drawn in one order
             gains = layer_norm[2 * d : 2 * d + 2] if layer_norm is not None else ()
             weights += [w_ih, w_hh, *biases, *gains]
         update, kept = None, zoneout
         if train and zoneout > 0:
-            size = (input.shape[:-1].numel(), D * hx.shape[-1])
+            size = (math.prod(input.shape[:-1]), D * hx.shape[-1])
             update = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1 - zoneout)
             kept = 0.0
         input, hn = layer(

@@ -72,10 +72,10 @@ struct GruCall {
     STD_TORCH_CHECK(ok, "fastlm::", op, ": ", parts...);
   }
 
-  void read_batch_sizes(const Tensor& sizes) {
-    check(op, sizes.scalar_type() == ScalarType::Long && sizes.dim() == 1 && sizes.is_contiguous() &&
-                  sizes.is_cpu(),
-          "batch_sizes must be a contiguous int64 vector on the CPU");
+  void read_batch_sizes(const Tensor& given) {
+    check(op, given.scalar_type() == ScalarType::Long && given.dim() == 1 && given.is_cpu(),
+          "batch_sizes must be an int64 vector on the CPU");
+    const Tensor sizes = fastlm::contiguous(given);
     p.T = sizes.size(0);
     const int64_t* n = sizes.const_data_ptr<int64_t>();
     offsets.assign(1, 0);

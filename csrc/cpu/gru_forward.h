@@ -182,12 +182,12 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, con
       const Vec<F> z = sigmoid(get<F>(xm + H, w) + load(cm + kL));
       const Vec<F> q = load(cm + 2 * kL) + bias_q;
       const Vec<F> n = tanh(fma(r, q, get<F>(xm + 2 * H, w)));
-      Vec<F> keep = z;
-      if (zoneout) {
+      const Vec<F> before = load(h + m * space.ldh + i);
+      Vec<F> hidden = fma(z, before - n, n);
+      if (zoneout) {  // so that u = 0 keeps the old state to the bit
         const Vec<F> u = update ? get<F>(update + m * ldout, w) : splat(F(1 - p.zoneout));
-        keep = splat(F(1)) - u * (splat(F(1)) - z);
+        hidden = fma(u * (splat(F(1)) - z), n - before, before);
       }
-      const Vec<F> hidden = fma(keep, load(h + m * space.ldh + i) - n, n);
       store(next + m * space.ldh + i, hidden);
       put<F>(out + m * ldout, hidden, w);
       if (gate) {
