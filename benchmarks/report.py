@@ -60,6 +60,7 @@ def run(
     folder = folder or RESULTS / time.strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     torch._inductor.config.compile_threads = 1  # no pool of compilers beside what is timed
+    console.width = max(console.width, 150)  # the terminal may wrap a row, but nothing is cut off
     facts = machine()
     for name, value in facts.items():
         console.print(f"{name:<10} {value}", soft_wrap=True)
@@ -75,8 +76,7 @@ def run(
                 times = (f"{n} {duration(t.median)}" for n, t in m.contenders.items() if t.seconds)
                 console.print(f"{workload.name} {m.kind}: {', '.join(times)}", soft_wrap=True)
             save(folder / "results.json", done + measured, peaks, facts)
-        width = None if console.is_terminal else 160
-        console.print(table(operator, measured, peaks, memory), width=width)
+        console.print(table(operator, measured, peaks, memory))
         for line in problems(measured):
             console.print(line, style="red", soft_wrap=True, markup=False)
         done += measured
