@@ -156,7 +156,7 @@ def interleave(calls: dict[str, Callable], warm: dict[str, float], budget: float
     loops, total = {}, 0.0
     for name, call in calls.items():
         seconds = warm[name]
-        if seconds < budget / 4:  # the warm-up may have compiled or allocated: time it again
+        if seconds < 5 * budget:  # the warm-up may have compiled: time it again
             start = time.perf_counter()
             call()
             seconds = time.perf_counter() - start
