@@ -150,35 +150,39 @@ def check(call: Callable[[], list[Tensor]], truth: list[Tensor], dtype: torch.dt
 
 
 def interleave(calls: dict[str, Callable], warm: dict[str, float], budget: float) -> dict:
-    """Seconds per call in each round, by contender."""
-    if not calls:
-        return {}
-    loops, total = {}, 0.0
-    for name, call in calls.items():
-        seconds = warm[name]
-        if seconds < 5 * budget:  # the warm-up may have compiled: time it again
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
-        loops[name] = max(1, math.ceil(SHORTEST_ROUND / seconds))
-        total += loops[name] * seconds
-    rounds = min(MOST_ROUNDS, max(3 if total < 2 * budget else 1, round(budget / total)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    """Seconds per call in each round, by contender: rounds until the budget is spent, at least 3,
+    or fewer where they take more than three times the budget."""
     names = list(calls)
+    loops = {name: 1 if warm[name] > budget else repeats(calls[name]) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    turn, spent, began = 0, 0.0, time.perf_counter()
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
-            start_at = turn % len(names)
-            for name in names[start_at:] + names[:start_at]:
+        while names and turn < MOST_ROUNDS and spent < (budget if turn >= 3 else 3 * budget):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 call, count = calls[name], range(loops[name])
                 start = time.perf_counter()
                 for _ in count:
                     call()
                 times[name].append((time.perf_counter() - start) / loops[name])
+            turn, spent = turn + 1, time.perf_counter() - began
     finally:
         gc.enable()
     return times
+
+
+def repeats(call: Callable) -> int:
+    """Calls that fill a round."""
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        seconds = min(seconds, time.perf_counter() - start)
+        if seconds > SHORTEST_ROUND:
+            return 1
+    return math.ceil(SHORTEST_ROUND / seconds)
 
 
 # Memory

@@ -14,6 +14,7 @@ import fastlm
 import fastlm.reference
 from benchmarks.shapes import SHAPES, Draw
 from benchmarks.training_step import STEPS, TrainingStep
+from fastlm import _C
 
 EAGER, UNFUSED, COMPILED, FASTLM = "eager", "eager unfused", "torch.compile", "fastlm"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -61,9 +62,17 @@ class Workload:
 
 
 def workloads() -> list[Workload]:
-    pairs = [(operator, shape.name) for operator, shapes in SHAPES.items() for shape in shapes]
-    pairs += [(TrainingStep.operator, name) for name in STEPS]
-    return [Workload(operator, name, dtype) for operator, name in pairs for dtype in DTYPES]
+    found = [
+        Workload(operator, shape.name, dtype)
+        for operator, shapes in SHAPES.items()
+        for shape in shapes
+        for dtype in DTYPES
+    ]
+    # Training in bfloat16 is for CPUs that can multiply it: others take minutes for a step.
+    trained_in = DTYPES if _C.multiply_adds(1, bf16=True) else DTYPES[:1]
+    return found + [
+        Workload(TrainingStep.operator, name, dtype) for name in STEPS for dtype in trained_in
+    ]
 
 
 class OperatorProblem:
