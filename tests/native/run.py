@@ -35,7 +35,7 @@ FIXED = ["setarch", platform.machine(), "-R"]
 def isas():
     """Name and flags of what this machine runs; `wide` stands for AVX-512's tile sizes and bf16 pairs."""
     if platform.machine() != "x86_64":
-        return {"native": ""}
+        return {"neon" if platform.machine() == "aarch64" else "generic": ""}
     flags = Path("/proc/cpuinfo").read_text()
     found = {"generic": ""}
     if " avx2" in flags and " fma" in flags:
@@ -82,12 +82,11 @@ def check_operators(kind):
     """walk.py on a sanitized build of the library."""
     print(f"operators, {kind} sanitizer: ", end="", flush=True)
     folder = BUILD / kind
-    wide = "wide" if widest() == "wide" else ""
     flags = f"-O1 -g {SANITIZERS[kind]}"
     environment = os.environ | {
         "CXXFLAGS": flags + (" -DFASTLM_OWN_THREADS" if kind == "thread" else ""),
         "LDFLAGS": SANITIZERS[kind],
-        "FASTLM_ISAS": wide,
+        "FASTLM_ISAS": widest(),
     }
     build = ["setup.py", "--quiet", "build_ext", f"--build-temp={folder}", f"--build-lib={folder}"]
     subprocess.run([sys.executable, *build], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -99,7 +98,7 @@ def check_operators(kind):
     environment = os.environ | {
         "LD_PRELOAD": " ".join(preload),
         "FASTLM_LIBRARY": str(folder / "fastlm" / "libfastlm.so"),
-        "FASTLM_ISA": wide,
+        "FASTLM_ISA": widest(),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, by the thousand
         "TSAN_OPTIONS": f"halt_on_error=1 suppressions={HERE / 'thread.supp'}",
         "PYTHONPATH": str(ROOT),
