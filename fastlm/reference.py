@@ -154,7 +154,7 @@ def scaled_dot_product_attention(
 
 def draw_seed() -> Tensor:
     """An int64 scalar from torch's default CPU generator."""
-    return torch.empty((), dtype=torch.int64).random_()
+    return torch.randint(0, 2**63 - 1, (), device="cpu")
 
 
 def varlen_attn(

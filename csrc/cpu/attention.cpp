@@ -445,8 +445,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (sinks) {
     dsinks = new_tensor({p.Hq}, wide);
     p.dsinks = c.hold_mutable(dsinks);
-    p.delta = c.hold_mutable(new_tensor({p.B, p.Hq, Tq}, wide));
   }
+  if (sinks || needs_mask || needs_slopes) p.delta = c.hold_mutable(new_tensor({p.B, p.Hq, Tq}, wide));
   const bool empty = p.B == 0 || p.Hq == 0 || Tq == 0 || Tk == 0;
   if (needs_mask) {
     STD_TORCH_CHECK(attn_mask, "fastlm::", op, ": needs_mask without attn_mask");

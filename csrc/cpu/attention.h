@@ -67,7 +67,8 @@ struct AttentionParams {
   void* accumulators;                  // compute type: sums of dk and dv per part; null: dk and dv
   int64_t parts;                       // the queries of one key head are dealt to so many owners
   void* dsinks;                        // compute type [Hq], or null
-  void* delta;                         // compute type, laid out as lse; null without sinks
+  void* delta;                         // compute type, laid out as lse, where it is kept; else null
+  bool delta_given;                    // delta is read, not written
   void* dbias;                         // gradient of the mask: compute type, contiguous, or null
   int64_t bias_b, bias_h, bias_q, bias_k;  // its sizes; 1 where broadcast
   void* dslopes;                       // compute type [B][Hq], or null

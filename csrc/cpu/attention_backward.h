@@ -118,10 +118,11 @@ BackwardScratch<S> backward_block(const AttentionParams& p, const AttentionItem&
     for (; d + kLanes<T> <= p.Dv; d += kLanes<T>) sum = fma(load<T>(g + d), load<T>(o + d), sum);
     if (d < p.Dv) sum = fma(load<T>(g + d, p.Dv - d), load<T>(o + d, p.Dv - d), sum);
     const T lse = static_cast<const T*>(p.lse)[at];
-    x.delta[r] = reduce_add(sum) - (p.dlse ? static_cast<const T*>(p.dlse)[at] : T(0));
+    T* const delta = static_cast<T*>(p.delta);
+    x.delta[r] = p.delta_given ? delta[at] : reduce_add(sum) - (p.dlse ? static_cast<const T*>(p.dlse)[at] : T(0));
     // A row without any key has lse -inf and weights 0.
     x.lse[r] = lse == -T(__builtin_inf()) ? T(__builtin_inf()) : lse;
-    if (p.delta) static_cast<T*>(p.delta)[at] = x.delta[r];
+    if (delta) delta[at] = x.delta[r];
   }
   for (int64_t r = rows.n; r < W; ++r) {
     x.lse[r] = T(__builtin_inf());
@@ -408,9 +409,47 @@ template <class S> void bias_gradient(const AttentionParams& p, const BiasGradie
   });
 }
 
-// Gradients of the mask and the slopes, each if asked for. Dense batches only, none of them empty.
-template <class S> void attention_bias_backward(const AttentionParams& p) {
+// delta of a block of queries as rowsum(P dP) - dlse. In exact arithmetic that is rowsum(dO O) - dlse,
+// but O was rounded to 16 bits, and sums of dS over many queries, which largely cancel, would show it.
+template <class S> void exact_delta(const AttentionParams& p, const AttentionItem& item) {
   using T = compute_t<S>;
+  BackwardScratch<S> x = backward_block<S>(p, item);
+  const RowBlock<T>& rows = x.rows;
+  const AttentionSequence& seq = *rows.seq;
+  T sum[kRowBlock] = {};
+  for (int64_t r = 0; r < rows.width; ++r) x.delta[r] = T(0);
+  const KeySource<S> key = key_source<S>(p, seq, rows.hkv), value = value_source<S>(p, seq, rows.hkv);
+  const int64_t end = keys_end(rows);
+  for (int64_t j = keys_begin(rows); j < end; j += kKeyBlock) {
+    const KeyRange keys = key_range(rows, j, least(kKeyBlock, end - j));
+    if (keys.begin >= keys.end) continue;
+    const auto k = rows_along_columns(key, keys.j0, keys.n, x.k);
+    const auto v = rows_along_columns(value, keys.j0, keys.n, x.v);
+    tile_gradients<S, true>(p, x, keys, k, v);
+    for (int64_t y = 0; y < keys.n; ++y)
+      for (int64_t r = keys.begin; r < keys.end; ++r) sum[r] += x.dscores[y * rows.width + r];
+  }
+  for (int64_t r = 0; r < rows.n; ++r) {
+    const int64_t at = seq.lse + rows.h(r) * p.lse_h + rows.i(r);
+    static_cast<T*>(p.delta)[at] = sum[r] - (p.dlse ? static_cast<const T*>(p.dlse)[at] : T(0));
+  }
+}
+
+// Gradients of the mask and the slopes, each if asked for. Dense batches only, none of them empty.
+template <class S> void attention_bias_backward(const AttentionParams& params) {
+  using T = compute_t<S>;
+  AttentionParams p = params;
+  if (sizeof(S) < sizeof(T)) {
+    p.delta_given = false;
+    const int64_t Tq = p.sequences[0].Tq, tiles = ceil_div(Tq, kRowBlock), group = p.Hq / p.Hkv;
+    parallel_items(p.pool, p.B * p.Hq * tiles, [&](int64_t n) {
+      const int64_t i = n % tiles * kRowBlock, h = n / tiles % p.Hq;
+      exact_delta<S>(p, {int32_t(n / (tiles * p.Hq)), int32_t(h / group), h % group * Tq + i, least(kRowBlock, Tq - i), -1});
+    });
+    p.delta_given = true;
+  } else {
+    p.delta = nullptr;
+  }
   if (p.dbias) bias_gradient<S>(p, {static_cast<T*>(p.dbias), p.bias_b, p.bias_h, p.bias_q, p.bias_k, false});
   if (p.dslopes) bias_gradient<S>(p, {static_cast<T*>(p.dslopes), p.B, p.Hq, 1, 1, true});
 }

@@ -232,7 +232,7 @@ def scaled_dot_product_attention(
             scale, enable_gqa, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             return_lse=return_lse,
         )  # fmt: skip
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
         low = torch.get_autocast_dtype("cpu")
         query, key, value, attn_mask = (
             x.to(low) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
@@ -382,7 +382,7 @@ def varlen_attn(
         RuntimeError: offsets that decrease, leave the tensors or exceed max_q or max_k; a gradient
             required with seqused_k or block_table.
     """
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
         low = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(low) if x.dtype != torch.float64 else x for x in (query, key, value))
     _check_varlen(

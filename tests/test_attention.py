@@ -1,0 +1,386 @@
+"""Attention: dropout, masks of other packages, edge cases, options and every documented error."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.varlen import AuxRequest
+
+import fastlm
+from fastlm import reference
+
+sdpa = fastlm.scaled_dot_product_attention
+
+
+def qkv(B=2, H=2, Tq=5, Tk=7, D=8, Dv=8, dtype=torch.float32, grad=False):
+    shapes = (B, H, Tq, D), (B, H, Tk, D), (B, H, Tk, Dv)
+    return tuple(torch.randn(s, dtype=dtype, requires_grad=grad) for s in shapes)
+
+
+# ---- dropout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", ((5, 7), (97, 70), (1, 130)), ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+def test_dropout_follows_the_reference(T, is_causal, isa):
+    """Kernel and formula drop the same weights, forward and backward, for one state of the generator."""
+    inputs = qkv(2, 4, *T, dtype=torch.float64, grad=True)
+    results = []
+    for function in (sdpa, reference.scaled_dot_product_attention):
+        torch.manual_seed(7)
+        out = function(*inputs, dropout_p=0.4, is_causal=is_causal)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def test_dropout_is_seeded_by_torch():
+    inputs = qkv()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(sdpa(*inputs, dropout_p=0.5))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    assert not torch.equal(sdpa(*inputs, dropout_p=0.5), sdpa(*inputs, dropout_p=0.5))
+
+
+def test_dropout_keeps_the_right_share():
+    """With equal weights, an output is the share of the weights kept, over 1 - p."""
+    q = torch.zeros(1, 4, 64, 8)
+    v = torch.ones(1, 4, 1024, 1)
+    out = sdpa(q, torch.zeros(1, 4, 1024, 8), v, dropout_p=0.3)
+    assert abs(out.mean().item() - 1) < 0.01  # five standard deviations of 262144 draws
+    assert out.std().item() < 0.04
+
+
+def test_philox_known_answers():
+    """Random123's vectors for philox4x32-10."""
+    zeros = reference._philox_4x32(tuple(torch.zeros(3, dtype=torch.int64)) + (0,), torch.tensor(0))
+    assert [int(x) for x in zeros] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_dropout_in_compiled_code_is_fresh():
+    inputs = qkv()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(*inputs), compiled(*inputs))
+
+
+# ---- against eager -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    (
+        ((3, 5), (4, 5), (4, 5)),
+        ((2, 3, 5), (2, 4, 5), (2, 4, 6)),
+        ((2, 3, 5), (1, 4, 5), (2, 4, 6)),
+        ((2, 2, 3, 5), (2, 1, 4, 5), (2, 1, 4, 6)),
+        ((1, 2, 3, 5), (4, 2, 4, 5), (4, 2, 4, 5)),
+        ((2, 2, 3, 5), (2, 4, 5), (2, 4, 5)),
+        ((2, 3, 2, 3, 5), (2, 3, 2, 4, 5), (2, 3, 2, 4, 6)),
+        ((2, 1, 2, 3, 5), (1, 3, 2, 4, 5), (2, 3, 2, 4, 6)),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("mask", (None, (3, 4), (1, 4), (4,), "full"), ids=str)
+def test_leading_dimensions_as_eager(shapes, mask):
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    if mask is not None:
+        if mask == "full":
+            mask = (*torch.broadcast_shapes(*(s[:-2] for s in shapes)), 3, 4)
+        inputs.append(torch.randn(mask, dtype=torch.float64, requires_grad=True))
+    eager_inputs = list(inputs)
+    if mask == (4,):  # torch's fused kernel does not take one dimension, its formula does
+        eager_inputs[3] = inputs[3][None]
+    out, expected = sdpa(*inputs), F.scaled_dot_product_attention(*eager_inputs)
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
+    )
+
+
+def test_gqa_in_three_dimensions_and_with_other_value_heads():
+    q, k, v = torch.randn(6, 3, 5), torch.randn(2, 4, 5), torch.randn(3, 4, 5)
+    torch.testing.assert_close(sdpa(q, k, k, enable_gqa=True), F.scaled_dot_product_attention(q, k, k, enable_gqa=True))
+    q, k, v = q[None], k[None], v[None]
+    torch.testing.assert_close(sdpa(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+@pytest.mark.parametrize("T", ((5, 7), (7, 7)), ids=str)
+@pytest.mark.parametrize("variant", (causal_upper_left, causal_lower_right), ids=lambda f: f.__name__)
+def test_causal_bias_objects(variant, T):
+    inputs = qkv(Tq=T[0], Tk=T[1], dtype=torch.float64)
+    torch.testing.assert_close(sdpa(*inputs, variant(*T)), F.scaled_dot_product_attention(*inputs, variant(*T)))
+
+
+@pytest.mark.parametrize("mask_dtype", (torch.bool, torch.float32), ids=str)
+def test_expanded_masks(mask_dtype):
+    """Stride 0 and transposed masks, as .expand() and .mT make them."""
+    q, k, v = qkv(Tq=9, Tk=9)
+    keys = torch.rand(2, 1, 1, 9) < 0.6
+    for mask in (keys.expand(2, 2, 9, 9), keys.expand(2, 2, 9, 9).mT, (torch.rand(9, 9) < 0.6).mT):
+        mask = mask if mask_dtype == torch.bool else mask.float()
+        torch.testing.assert_close(sdpa(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_autocast_as_eager(dtype):
+    q, k, v = qkv(dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_output_keeps_the_memory_order_of_query():
+    """(B, T, H, D) projections seen as (B, H, T, D): the output's transpose back is contiguous."""
+    q = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    assert sdpa(q, q, q).transpose(1, 2).is_contiguous()
+    assert sdpa(*[x.contiguous() for x in (q, q, q)]).is_contiguous()
+
+
+def test_rows_without_keys_give_zero_and_no_gradient(isa):
+    inputs = qkv(Tq=9, Tk=5, grad=True)
+    out, lse = sdpa(*inputs, window_size=(0, 0), return_lse=True)  # queries 0..3 lie before key 0
+    assert (out[:, :, :4] == 0).all() and (lse[:, :, :4] == -math.inf).all()
+    grads = torch.autograd.grad(out.sum() + lse[:, :, 4:].sum(), inputs)
+    assert all(g.isfinite().all() for g in grads) and (grads[0][:, :, :4] == 0).all()
+
+
+def test_memory_grows_linearly():
+    """No T x T matrix: 16384 queries and keys would need a gigabyte for one head's scores."""
+    from torch.profiler import ProfilerActivity, profile
+
+    q, k, v = (torch.randn(1, 1, 16384, 8, requires_grad=True) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        sdpa(q, k, v, window_size=(64, 0)).sum().backward()
+    assert max(abs(e.cpu_memory_usage) for e in prof.key_averages()) < 64 << 20
+
+
+def test_offsets_beyond_32_bits():
+    """A cache so strided that its last rows lie more than 2**31 elements from the first."""
+    store = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # untouched pages cost no memory
+    k = store.as_strided((1, 2, 3, 8), (0, 2**31, 64, 1))
+    k.copy_(torch.randn(1, 2, 3, 8))
+    q = torch.randn(1, 2, 4, 8, dtype=torch.bfloat16)
+    torch.testing.assert_close(sdpa(q, k, k), sdpa(q, k.contiguous(), k.contiguous()))
+
+
+# ---- options against each other ------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_combination_of_options(data):
+    draw = data.draw
+    size = st.integers(1, 40)
+    group, Hkv, B = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    Tq, Tk, D, Dv = draw(size), draw(size), draw(size), draw(size)
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    order = draw(st.permutations((0, 1, 2)))
+
+    def tensor(*shape):
+        memory = [shape[d] for d in (*order, 3)] if len(shape) == 4 else shape
+        x = torch.randn(memory, dtype=torch.float64)
+        if len(shape) == 4:
+            x = x.permute(*(order.index(d) for d in range(3)), 3)
+        return x.requires_grad_()
+
+    inputs = [tensor(B, group * Hkv, Tq, D), tensor(B, Hkv, Tk, D), tensor(B, Hkv, Tk, Dv)]
+    kwargs = {
+        "is_causal": draw(st.booleans()),
+        "enable_gqa": True,
+        "scale": draw(st.sampled_from((None, 0.3, -1.0))),
+        "window_size": (draw(st.integers(-1, 20)), draw(st.integers(-1, 20))),
+        "softcap": draw(st.sampled_from((0.0, 2.0))),
+        "dropout_p": draw(st.sampled_from((0.0, 0.25))),
+    }
+    full = (B, group * Hkv, Tq, Tk)
+    if draw(st.booleans()):
+        mask = torch.randn([draw(st.sampled_from((1, n))) for n in full], dtype=torch.float64)
+        kind = draw(st.sampled_from(("bool", "float", "gradient")))
+        kwargs["attn_mask"] = mask > -0.5 if kind == "bool" else mask.requires_grad_(kind == "gradient")
+    if draw(st.booleans()):
+        kwargs["alibi_slopes"] = torch.rand(group * Hkv, dtype=torch.float64, requires_grad=True)
+    if draw(st.booleans()):
+        kwargs["sinks"] = torch.randn(group * Hkv, dtype=torch.float64, requires_grad=True)
+    wanted = inputs + [x for x in kwargs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    results = []
+    for function in (sdpa, reference.scaled_dot_product_attention):
+        torch.manual_seed(3)
+        out, lse = function(*inputs, **kwargs, return_lse=True)
+        seen = lse.masked_fill(lse == -math.inf, 0.0)
+        grads = torch.autograd.grad(out.sin().sum() + seen.sin().sum(), wanted)
+        results.append((out, lse, *grads))
+    torch.testing.assert_close(*results)
+
+
+def test_split_keys_do_not_depend_on_the_batch():
+    """num_splits or not, a sequence's result is the same bits alone and in a batch."""
+    x, cache = torch.randn(3, 4, 16), torch.randn(3000, 2, 16)
+    at = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    keys = torch.tensor([0, 1500, 1510, 3000], dtype=torch.int32)
+    for num_splits in (None, 1):
+        together = fastlm.varlen_attn(x, cache, cache, at, keys, 1, 1500, enable_gqa=True, num_splits=num_splits)
+        alone = fastlm.varlen_attn(
+            x[:1], cache[:1500], cache[:1500], at[:2], keys[:2], 1, 1500, enable_gqa=True, num_splits=num_splits
+        )
+        assert torch.equal(together[:1], alone)
+
+
+def test_varlen_is_dense_attention_per_sequence():
+    q, k, v = qkv(3, 2, 6, 6, dtype=torch.float64)
+    packed = [x.transpose(1, 2).reshape(18, 2, 8) for x in (q, k, v)]
+    at = torch.arange(0, 19, 6, dtype=torch.int32)
+    out, lse = fastlm.varlen_attn(*packed, at, at, 6, 6, window_size=(-1, 0), return_aux=AuxRequest(lse=True))
+    expected, expected_lse = sdpa(q, k, v, is_causal=True, return_lse=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(18, 2, 8))
+    torch.testing.assert_close(lse, expected_lse.transpose(0, 1).reshape(2, 18))
+
+
+def test_varlen_compiles_whole():
+    x = torch.randn(12, 2, 8, requires_grad=True)
+    at = torch.tensor([0, 5, 12], dtype=torch.int32)
+    torch.compiler.reset()
+
+    def call(x):
+        return fastlm.varlen_attn(x, x, x, at, at, 7, 7, window_size=(-1, 0))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(call(x).sum(), x))
+
+
+def test_vmap_and_hessian_go_through_the_formula():
+    q, k, v = qkv(1, 1, 3, 4, 2, 2, dtype=torch.float64)
+    many = torch.randn(3, *q.shape, dtype=torch.float64)
+    mapped = torch.func.vmap(lambda q: sdpa(q, k, v))(many)
+    torch.testing.assert_close(mapped, torch.stack([sdpa(x, k, v) for x in many]))
+    assert torch.func.hessian(lambda q: sdpa(q, k, v).sum())(q).isfinite().all()
+
+
+def test_eager_backend_is_the_formula():
+    inputs = qkv()
+    with fastlm.use_backend("eager"):
+        out = sdpa(*inputs)
+    assert torch.equal(out, reference.scaled_dot_product_attention(*inputs))
+
+
+# ---- errors --------------------------------------------------------------------------------
+
+
+def change(**replacements):
+    """Arguments of a good call with some replaced; values may be functions of (q, k, v)."""
+    q, k, v = qkv()
+    arguments = {"query": q, "key": k, "value": v}
+    for name, x in replacements.items():
+        arguments[name] = x(q, k, v) if callable(x) else x
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "replacements, error, message",
+    (
+        ({"query": lambda q, k, v: q[0, 0, 0]}, ValueError, r"query has shape \(8,\), expected at least 2"),
+        ({"query": 3}, TypeError, "query is int, expected a Tensor"),
+        ({"key": lambda q, k, v: k[..., :4]}, ValueError, "key has head size 4, expected 8"),
+        ({"value": lambda q, k, v: v[:, :, :3]}, ValueError, "value has 3 rows, expected 7"),
+        ({"key": lambda q, k, v: k.double()}, TypeError, "key is torch.float64, expected torch.float32"),
+        ({"query": lambda q, k, v: q.long()}, TypeError, "query is torch.int64, expected a floating dtype"),
+        ({"key": lambda q, k, v: k.to("meta")}, ValueError, "key is on meta, expected cpu"),
+        ({"query": lambda q, k, v: q.to_sparse()}, ValueError, "query has layout torch.sparse_coo"),
+        ({"key": lambda q, k, v: k.repeat(1, 2, 1, 1)}, ValueError, "do not broadcast over their leading"),
+        ({"key": lambda q, k, v: k.repeat(1, 3, 1, 1), "enable_gqa": True}, ValueError, "6 key heads and 2 value"),
+        ({"attn_mask": torch.zeros(5, 6)}, ValueError, r"attn_mask has shape \(5, 6\), which does not broadcast"),
+        ({"attn_mask": torch.zeros(3, 1, 1, 7)}, ValueError, "attn_mask has shape .* does not broadcast"),
+        ({"attn_mask": torch.zeros(1, 2, 2, 5, 7)}, ValueError, "attn_mask has shape .* does not broadcast"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "attn_mask is torch.int64, expected"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.float16)}, TypeError, "attn_mask is torch.float16"),
+        ({"attn_mask": [1.0]}, TypeError, "attn_mask is list, expected a Tensor"),
+        ({"attn_mask": causal_lower_right(5, 6)}, ValueError, "CausalBias of 5 x 6, expected 5 x 7"),
+        ({"attn_mask": causal_lower_right(5, 7), "is_causal": True}, ValueError, "cannot be combined"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected a probability"),
+        ({"dropout_p": math.nan}, ValueError, "dropout_p is nan, expected a probability"),
+        ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
+        ({"window_size": (1,)}, ValueError, r"window_size is \(1,\), expected two integers"),
+        ({"window_size": (-2, 0)}, ValueError, r"window_size is \(-2, 0\), expected two integers"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected a finite number >= 0"),
+        ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number >= 0"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes has shape \(3,\), expected \(2,\) or \(2, 2\)"),
+        ({"alibi_slopes": torch.zeros(2, dtype=torch.int64)}, TypeError, "alibi_slopes must be a floating Tensor"),
+        ({"sinks": torch.zeros(2, 2)}, ValueError, r"sinks has shape \(2, 2\), expected \(2,\)"),
+    ),
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors(replacements, error, message):
+    with pytest.raises(error, match=f"fastlm.scaled_dot_product_attention: .*{message}"):
+        sdpa(**change(**replacements))
+
+
+def packed_arguments(**replacements):
+    x = torch.randn(10, 2, 8)
+    at = torch.tensor([0, 4, 10], dtype=torch.int32)
+    arguments = dict(query=x, key=x, value=x, cu_seq_q=at, cu_seq_k=at, max_q=6, max_k=6)
+    return arguments | replacements
+
+
+@pytest.mark.parametrize(
+    "replacements, error, message",
+    (
+        ({"query": torch.randn(10, 8)}, ValueError, "query has shape"),
+        ({"key": torch.randn(10, 1, 8)}, ValueError, "value has shape"),
+        ({"key": torch.randn(10, 1, 8), "value": torch.randn(10, 1, 8)}, ValueError, "Try setting enable_gqa"),
+        ({"key": torch.randn(10, 2, 8).double()}, TypeError, "key is torch.float64"),
+        ({"cu_seq_q": torch.tensor([0, 4, 11], dtype=torch.int32)}, RuntimeError, "cu_seq_q runs from 0 to 11"),
+        ({"cu_seq_q": torch.tensor([0, 8, 4], dtype=torch.int32)}, RuntimeError, "cu_seq_q decreases from 8 to 4"),
+        ({"cu_seq_q": torch.tensor([0.0, 4.0, 10.0])}, TypeError, "cu_seq_q is torch.float32"),
+        ({"cu_seq_k": torch.tensor([0, 10], dtype=torch.int32)}, ValueError, "cu_seq_k has shape"),
+        ({"cu_seq_k": None}, ValueError, "cu_seq_k is None"),
+        ({"max_q": 5}, RuntimeError, "sequence 1 has 6 queries and 6 keys, more than max_q = 5"),
+        ({"max_k": -1}, ValueError, "max_k is -1"),
+        ({"scale": math.nan}, ValueError, "scale is nan"),
+        ({"window_size": (0, -3)}, ValueError, "window_size is"),
+        ({"num_splits": -1}, ValueError, "num_splits is -1"),
+        ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, "key has shape"),
+        ({"seqused_k": torch.tensor([9, 1], dtype=torch.int32)}, RuntimeError, "seqused_k is 9 for sequence 0"),
+    ),
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_varlen_errors(replacements, error, message):
+    with pytest.raises(error, match=message):
+        fastlm.varlen_attn(**packed_arguments(**replacements))
+
+
+def test_paged_errors():
+    q, pool = torch.randn(2, 2, 8), torch.randn(3, 4, 2, 8)
+    at = torch.tensor([0, 1, 2], dtype=torch.int32)
+    used, table = torch.tensor([4, 4], dtype=torch.int32), torch.tensor([[0], [3]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="block_table names page 3 of 3 for sequence 1"):
+        fastlm.varlen_attn(q, pool, pool, at, None, 1, 4, seqused_k=used, block_table=table)
+    with pytest.raises(ValueError, match="block_table requires seqused_k"):
+        fastlm.varlen_attn(q, pool, pool, at, None, 1, 4, block_table=table)
+    with pytest.raises(RuntimeError, match="block_table is for inference only|seqused_k is for inference only"):
+        fastlm.varlen_attn(
+            q.requires_grad_(), pool, pool, at, None, 1, 4, seqused_k=used, block_table=table.clamp(max=2)
+        )
+
+
+def test_operators_guard_memory():
+    """What the Python functions check is checked again for direct callers, where memory depends on it."""
+    q, k, v = qkv()
+    options = (None, None, None, None, 0.0, False, -1, -1, 1.0, 0.0)
+    op = torch.ops.fastlm.attention_forward
+    with pytest.raises(RuntimeError, match="attention_forward: value has shape"):
+        op(q, k, v[:, :, :3], *options)
+    with pytest.raises(RuntimeError, match="attention_forward: key has another dtype"):
+        op(q, k.double(), v, *options)
+    with pytest.raises(RuntimeError, match="attention_forward: attn_mask has shape"):
+        op(q, k, v, torch.zeros(1, 1, 5, 6), *options[1:])
+    with pytest.raises(RuntimeError, match="attention_forward: dropout needs a seed"):
+        op(q, k, v, *options[:4], 0.5, *options[5:])
