@@ -31,33 +31,28 @@ template <class S> struct BackwardArena {
   Arena arena;
   explicit BackwardArena(const AttentionParams& p) {
     const int64_t widest = greatest(greatest(p.D, p.Dv), kKeyBlock);
-    const int64_t numbers = kRowBlock * (2 * p.D + 2 * p.Dv + p.D + 2 * widest + 9 * kKeyBlock + 4 * kPadding) +
-                            kKeyBlock * (2 * p.D + p.Dv + kPadding);
+    const int64_t numbers = kRowBlock * (2 * p.D + p.Dv + spread(p.D) + spread(p.Dv) + widest + 8 * kKeyBlock + 16) +
+                            kKeyBlock * (2 * spread(p.D) + spread(p.Dv));
     arena.at = static_cast<char*>(
         thread_scratch(kScratchKernel, size_t(numbers) * sizeof(compute_t<S>) + 8192));
   }
 };
 
-// Natural rows of a block of queries as the right operand: [n][columns], in place where they lie so.
+// Natural rows of a block of queries as the right operand: [n][columns], zeros behind D.
 template <class S, class T>
 KeyRows<operand_t<S>> rows_as_operand(const RowBlock<T>& rows, const S* src, AttentionStrides s, int64_t D,
                                       operand_t<S>* copy) {
-  const int64_t ld = round_up(D, kPadding);
+  const int64_t ld = spread(D);
   if constexpr (Operand<S>::kPair == 2) {
     for (int64_t r = 0; r < rows.n; r += 2) {
-      const bf16 *even = src + row_offset(rows, s, r), *odd = r + 1 < rows.n ? src + row_offset(rows, s, r + 1) : nullptr;
-      uint32_t* dst = copy + r / 2 * ld;
-      for (int64_t d = 0; d < D; ++d) dst[d] = even[d].bits | (odd ? uint32_t(odd[d].bits) << 16 : 0u);
-      for (int64_t d = D; d < ld; ++d) dst[d] = 0;
+      const bf16* odd = r + 1 < rows.n ? src + row_offset(rows, s, r + 1) : nullptr;
+      pair_rows(D, src + row_offset(rows, s, r), odd, copy + r / 2 * ld);
+      for (int64_t d = D; d < ld; ++d) copy[r / 2 * ld + d] = 0;
     }
-    return {copy, ld};
   } else {
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (rows.one_head && D == ld) return {src + row_offset(rows, s, 0), s.t};
-    }
     gather_rows(rows, src, s, D, rows.n, copy, ld);
-    return {copy, ld};
   }
+  return {copy, ld};
 }
 
 // Packs a block of queries with its dout, lse and delta.
@@ -74,15 +69,15 @@ BackwardScratch<S> backward_block(const AttentionParams& p, const AttentionItem&
   const int64_t W = rows.width, widest = greatest(greatest(p.D, p.Dv), kKeyBlock);
   x.q = arena.take<E>(W * (p.D + 1));
   x.dout = arena.take<E>(W * (p.Dv + 1));
-  x.q_copy = arena.take<E>(W * round_up(p.D, kPadding));
-  x.dout_copy = arena.take<E>(W * round_up(p.Dv, kPadding));
+  x.q_copy = arena.take<E>(W * spread(p.D));
+  x.dout_copy = arena.take<E>(W * spread(p.Dv));
   x.tmp = arena.take<E>(W * (widest + 1));
-  x.k = arena.take<E>(kKeyBlock * (p.D + 1));
-  x.v = arena.take<E>(kKeyBlock * (p.Dv + 1));
+  x.k = arena.take<E>(kKeyBlock * spread(p.D));
+  x.v = arena.take<E>(kKeyBlock * spread(p.Dv));
   x.scores = arena.take<T>(W * kKeyBlock);
   x.dscores = arena.take<T>(W * kKeyBlock);
   if constexpr (Operand<S>::kPair == 2) {
-    x.k_turned = arena.take<E>(kKeyBlock / 2 * p.D);
+    x.k_turned = arena.take<E>(kKeyBlock / 2 * spread(p.D));
     x.weights = arena.take<E>(W * kKeyBlock / 2);
     x.ds_rows = arena.take<E>(W * kKeyBlock / 2);
     x.ds_columns = arena.take<E>(W * kKeyBlock / 2);
@@ -192,7 +187,8 @@ void backward_tile(const AttentionParams& p, BackwardScratch<S>& x, const KeyRan
   using Mul = typename Operand<S>::Mul;
   constexpr int64_t kPair = Operand<S>::kPair;
   const int64_t ld = x.rows.width, begin = keys.begin;
-  const auto k = rows_along_columns(key, keys.j0, keys.n, x.k);
+  // Without pairs one copy of the keys serves both products that read them.
+  const auto k = kPair == 1 ? rows_along_rows(key, keys.j0, keys.n, x.k) : rows_along_columns(key, keys.j0, keys.n, x.k);
   const auto v = rows_along_columns(value, keys.j0, keys.n, x.v);
   tile_gradients<S, false>(p, x, keys, k, v);
 

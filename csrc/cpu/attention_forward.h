@@ -136,7 +136,7 @@ ForwardScratch<S> forward_scratch(const AttentionParams& p, const AttentionItem&
   using E = operand_t<S>;
   const int64_t widest = greatest(greatest(p.D, p.Dv), kKeyBlock);
   const int64_t numbers = kRowBlock * (p.D + p.Dv + 3 * widest + 5 * kKeyBlock + 16) +
-                          kKeyBlock * (p.D + p.Dv + 2);
+                          kKeyBlock * (spread(p.D) + spread(p.Dv));
   Arena arena{static_cast<char*>(thread_scratch(kScratchKernel, size_t(numbers) * sizeof(T) + 4096))};
   ForwardScratch<S> x;
   x.rows = row_block<T>(p, item, arena);
@@ -147,8 +147,8 @@ ForwardScratch<S> forward_scratch(const AttentionParams& p, const AttentionItem&
   x.m = arena.take<T>(W);
   x.l = arena.take<T>(W);
   x.alpha = arena.take<T>(W);
-  x.k = arena.take<E>(kKeyBlock * (p.D + 1));
-  x.v = arena.take<E>(kKeyBlock * (p.Dv + 1));
+  x.k = arena.take<E>(kKeyBlock * spread(p.D));
+  x.v = arena.take<E>(kKeyBlock * spread(p.Dv));
   if constexpr (Operand<S>::kPair == 2) x.weights = arena.take<E>(W * kKeyBlock / 2);
   else x.weights = x.scores;
   x.tmp = arena.take<E>(W * (widest + 1));

@@ -114,6 +114,11 @@ FASTLM_INLINE void pair_row(int64_t n, const bf16* src, uint32_t* dst) {
   __builtin_memcpy(dst, src, size_t(n) * sizeof(bf16));
 }
 
+// Words of one column of two rows of n bf16 each; without a second row, 0 stands for it.
+FASTLM_INLINE void pair_rows(int64_t n, const bf16* even, const bf16* odd, uint32_t* dst) {
+  for (int64_t d = 0; d < n; ++d) dst[d] = even[d].bits | (odd ? uint32_t(odd[d].bits) << 16 : 0u);
+}
+
 // dst[d][lane] = row of each lane, as operand (d counts pairs where these are paired). `tmp` holds
 // n x D elements.
 template <class S, class T>
@@ -176,6 +181,11 @@ KeySource<S> value_source(const AttentionParams& p, const AttentionSequence& seq
   return {static_cast<const S*>(p.v) + seq.v + hkv * p.vs.h, p.vs.t, p.Dv, seq.pages, p.page_size, p.v_page};
 }
 
+// Leading dimension of rows of D elements in scratch: an odd number of 64-byte lines for 4-byte
+// elements, so that a column of a block spreads over all sets of the first-level cache. At strides of
+// 256 or 512 bytes, which heads of 64 and 128 have, a block's column would evict itself.
+FASTLM_INLINE constexpr int64_t spread(int64_t D) { return (D + 15) / 16 * 16 + ((D + 15) / 16 % 2 ? 0 : 16); }
+
 // Rows j0 .. j0 + n, summed over columns: in place where the type allows it, else into scratch.
 template <class S>
 KeyRows<operand_t<S>> rows_along_columns(const KeySource<S>& src, int64_t j0, int64_t n, operand_t<S>* scratch) {
@@ -187,7 +197,7 @@ KeyRows<operand_t<S>> rows_along_columns(const KeySource<S>& src, int64_t j0, in
     if (!src.pages && src.t % 2 == 0 && src.D % 2 == 0)
       return {reinterpret_cast<const E*>(src.row(j0)), src.t / 2};
   }
-  const int64_t ld = ceil_div(src.D, Operand<S>::kPair);
+  const int64_t ld = spread(ceil_div(src.D, Operand<S>::kPair));
   for (int64_t j = 0; j < n; ++j) {
     if constexpr (Operand<S>::kPair == 2) pair_row(src.D, src.row(j0 + j), scratch + j * ld);
     else convert_row(src.D, src.row(j0 + j), 1, scratch + j * ld);
@@ -195,19 +205,17 @@ KeyRows<operand_t<S>> rows_along_columns(const KeySource<S>& src, int64_t j0, in
   return {scratch, ld};
 }
 
-// Rows j0 .. j0 + n, summed over rows: pairs are of two rows.
+// Rows j0 .. j0 + n, summed over rows, always in scratch: pairs are of two rows.
 template <class S>
 KeyRows<operand_t<S>> rows_along_rows(const KeySource<S>& src, int64_t j0, int64_t n, operand_t<S>* scratch) {
+  const int64_t ld = spread(src.D);
   if constexpr (Operand<S>::kPair == 1) {
-    return rows_along_columns(src, j0, n, scratch);
+    for (int64_t j = 0; j < n; ++j) convert_row(src.D, src.row(j0 + j), 1, scratch + j * ld);
   } else {
-    for (int64_t j = 0; j < n; j += 2) {
-      const bf16 *even = src.row(j0 + j), *odd = j + 1 < n ? src.row(j0 + j + 1) : nullptr;
-      uint32_t* dst = scratch + j / 2 * src.D;
-      for (int64_t d = 0; d < src.D; ++d) dst[d] = even[d].bits | (odd ? uint32_t(odd[d].bits) << 16 : 0u);
-    }
-    return {scratch, src.D};
+    for (int64_t j = 0; j < n; j += 2)
+      pair_rows(src.D, src.row(j0 + j), j + 1 < n ? src.row(j0 + j + 1) : nullptr, scratch + j / 2 * ld);
   }
+  return {scratch, ld};
 }
 
 // ---- scores ----

@@ -43,10 +43,9 @@ def _(
     left, right, scale, softcap, needs_mask, needs_slopes,
 ):  # fmt: skip
     dq, dk, dv = (_empty_as(x, x.size(-1)) for x in (query, key, value))
-    none = lse.new_empty(0)
-    dmask = lse.new_empty(attn_mask.shape) if needs_mask else none
-    dslopes = lse.new_empty(alibi_slopes.shape) if needs_slopes else none
-    return dq, dk, dv, dmask, dslopes, none if sinks is None else lse.new_empty(sinks.shape)
+    dmask = lse.new_empty(attn_mask.shape if needs_mask else 0)
+    dslopes = lse.new_empty(alibi_slopes.shape if needs_slopes else 0)
+    return dq, dk, dv, dmask, dslopes, lse.new_empty(0 if sinks is None else sinks.shape)
 
 
 @torch.library.register_fake("fastlm::varlen_attention_forward")
