@@ -48,14 +48,17 @@ struct Registry {
   std::atomic<const Kernels*> current{nullptr};
 
   Registry() {
-#define FASTLM_FILL(name)                        \
-  table[count].isa = #name;                      \
-  table[count].runs_here = runs_here::name;      \
-  fastlm::name::fill(table[count].attention);    \
-  fastlm::name::fill(table[count].cross_entropy);\
-  fastlm::name::fill(table[count].gru);          \
-  fastlm::name::fill(table[count].linear_cross_entropy); \
-  fastlm::name::fill(table[count].peak);         \
+// Even fill() is made of its ISA's instructions: it is called only where these run.
+#define FASTLM_FILL(name)                                    \
+  table[count].isa = #name;                                  \
+  table[count].runs_here = runs_here::name;                  \
+  if (runs_here::name()) {                                   \
+    fastlm::name::fill(table[count].attention);              \
+    fastlm::name::fill(table[count].cross_entropy);          \
+    fastlm::name::fill(table[count].gru);                    \
+    fastlm::name::fill(table[count].linear_cross_entropy);   \
+    fastlm::name::fill(table[count].peak);                   \
+  }                                                          \
   ++count;
     FASTLM_FOR_EACH_ISA(FASTLM_FILL)
     const char* wanted = std::getenv("FASTLM_ISA");  // fastlm/_C.py reports one that is not there
