@@ -49,7 +49,7 @@ template <class S> struct LinearPlan {
   static constexpr int64_t kKC = 24 * 1024 / (kNR * int64_t(sizeof(T)));  // panels of B in a 32 KiB cache
   static constexpr int64_t kRows = 96;     // classes in a tile
   static constexpr int64_t kItems = 32;    // pieces of work that a chunk divides into at least
-  static constexpr int64_t kTokens = 512;  // in a block at most
+  static constexpr int64_t kTokens = 528;  // in a block at most
   static constexpr bool kDirect = sizeof(S) == sizeof(T);
 
   int64_t tiles, segments;           // of the vocabulary
@@ -70,10 +70,12 @@ template <class S> struct LinearPlan {
     blocks = least(blocks, ceil_div<int64_t>(N, 64));
     blocks = least(blocks, 1 + 32 * kMiB / int64_t(greatest<int64_t>(weights, 1) * sizeof(T)));
     // A 16-bit dW is summed in a buffer of its size in float32, which the tiles leave room for.
-    const int64_t budget = (kDirect ? 96 : 48) * kMiB / int64_t(C * blocks * sizeof(T));
-    width = least(least(kTokens, greatest(budget, kNR)) / kNR * kNR, round_up(ceil_div(N, blocks), kL));
-    panels = ceil_div(width, kNR);
+    const int64_t budget = (kDirect ? 104 : 52) * kMiB / int64_t(C * blocks * sizeof(T));
+    const int64_t widest = least(kTokens, greatest(budget, kNR)) / kNR * kNR;
+    chunks = ceil_div(N, blocks * widest);
+    width = round_up(ceil_div(N, blocks * chunks), kL);  // chunks of one size
     chunks = ceil_div(p.N, blocks * width);
+    panels = ceil_div(width, kNR);
     const int64_t dx_size = blocks * D * width;
     segments = least(segments, greatest<int64_t>(48 * kMiB / int64_t(dx_size * sizeof(T)), 4));
     keep = gradient && p.forward;
