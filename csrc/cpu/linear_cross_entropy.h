@@ -430,6 +430,11 @@ template <class S> struct LinearCrossEntropy {
       T* const out = dw_sum(block, v0) + d;
       const int64_t w = least(kNR, p.D - d);
       const bool whole = w % kL == 0;
+      // dW comes from memory at each chunk, in rows too short for the hardware to see ahead.
+      if (chunk > 0 && d + kNR < p.D)
+        for (int64_t v = 0; v < M; ++v)
+          for (int64_t i = 0; i < kNR * int64_t(sizeof(T)); i += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(out + v * ldc + kNR) + i, 1);
       for (int64_t k0 = 0; k0 < n; k0 += kKC) {
         const int64_t K = least(kKC, n - k0);
         const T *a = g + k0, *b = x + k0 * kNR;
