@@ -24,7 +24,7 @@ from fastlm.tokenizer import ByteTokenizer, Tokenizer
 
 FORMAT = 1  # of the cache's folders
 IGNORED = -100  # a target that doesn't count
-MAX_VALIDATION = 256 * 1024  # bytes, unless asked for more
+MAX_VALIDATION = 128 * 1024  # bytes, unless asked for more
 # Left out of the default corpus: what isn't library code, generated tables, and tests of a build.
 _NOT_LIBRARY = {
     "site-packages",
@@ -137,11 +137,12 @@ def prepare(
     """Splits and encodes a corpus, or finds it in the cache.
 
     ``val_bytes`` is about how much text is held out: whole documents where there are 20 or more,
-    the end of each document otherwise; by default 5%, at most 256 KiB. ``cache`` defaults to
+    the end of each document otherwise; by default 5%, at most 128 KiB. ``cache`` defaults to
     ``$XDG_CACHE_HOME/fastlm``. ``ValueError`` where the corpus is empty, binary, or shorter than
     one block of ``block_size`` tokens."""
     documents = list_documents(paths)
-    sizes, digest = [], hashlib.sha256(f"{FORMAT}\n{tokenizer.fingerprint}\n{val_bytes}\n".encode())
+    settings = f"{FORMAT}\n{tokenizer.fingerprint}\n{val_bytes}\n{MAX_VALIDATION}\n"
+    sizes, digest = [], hashlib.sha256(settings.encode())
     for document in documents:
         content = document.read().encode()
         sizes.append(len(content))

@@ -59,7 +59,7 @@ class TrainOptions:
         "bytes", "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME"
     )
     val_bytes: int | None = _option(
-        None, "about how much text to hold out [default: 5%, at most 256 KiB]"
+        None, "about how much text to hold out [default: 5%, at most 128 KiB]"
     )
     cache: str | None = _option(None, "folder of token files [default: ~/.cache/fastlm]")
     init: str | None = _option(None, "folder of a model to start from, instead of fresh weights")
