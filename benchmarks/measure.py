@@ -119,9 +119,7 @@ def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> li
             timings[name].seconds = times
         dtype = str(workload.dtype).removeprefix("torch.")
         floor = problem.floor[kind]
-        measured.append(
-            Measurement(workload.operator, workload.shape, dtype, kind, *floor, timings)
-        )
+        measured.append(Measurement(workload.operator, workload.shape, dtype, kind, *floor, timings))
     if memory:
         tasks = [
             (m.kind, name)
@@ -188,9 +186,7 @@ def repeats(call: Callable) -> int:
 # Memory
 
 
-def peak_memory(
-    workload: Workload, shapes: list, tasks: list[tuple[str, str]]
-) -> dict[tuple[str, str], int]:
+def peak_memory(workload: Workload, shapes: list, tasks: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """Extra bytes at the peak of one call, beyond its inputs and results, by (kind, contender);
     empty where the operating system doesn't tell.
 
@@ -211,9 +207,7 @@ def peak_memory(
     try:
         return {task: ours.recv() for task in tasks}
     except EOFError:
-        raise RuntimeError(
-            f"the process that measured the memory of {workload.name} died"
-        ) from None
+        raise RuntimeError(f"the process that measured the memory of {workload.name} died") from None
     finally:
         process.join()
 

@@ -181,9 +181,7 @@ def save(path: Path, measured: list[Measurement], peaks: Peaks, facts: dict[str,
     content = {
         "machine": facts,
         "peaks": dataclasses.asdict(peaks),
-        "measurements": [
-            dataclasses.asdict(m) | {"floor_seconds": m.floor(peaks)} for m in measured
-        ],
+        "measurements": [dataclasses.asdict(m) | {"floor_seconds": m.floor(peaks)} for m in measured],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,31 +1,21 @@
-"""What is measured and who competes: the operators on their shapes, and the models' training
+"""What is measured and who competes: the `bench` cases of tests/cases.py, and the models' training
 steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from cases import OPERATORS, Operator
 from harness import cotangents_for, differentiable, map_tensors, tensors_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastlm
-import fastlm.reference
-from benchmarks.shapes import SHAPES, Draw
 from benchmarks.training_step import STEPS, TrainingStep
 from fastlm import _C
 
 EAGER, UNFUSED, COMPILED, FASTLM = "eager", "eager unfused", "torch.compile", "fastlm"
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = (torch.float32, torch.bfloat16)
-# What fastlm's functions are drop-ins for.
-ORIGINALS = {
-    "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    "gru": torch._VF.gru,
-    "cross_entropy": F.cross_entropy,
-    "linear_cross_entropy": F.linear_cross_entropy,
-}
 
 
 @dataclass(frozen=True)
@@ -58,21 +48,20 @@ class Workload:
     def problem(self):
         if self.operator == TrainingStep.operator:
             return TrainingStep(self.shape, self.dtype)
-        return OperatorProblem(self.operator, self.shape, self.dtype)
+        return OperatorProblem(OPERATORS[self.operator], self.shape, self.dtype)
 
 
 def workloads() -> list[Workload]:
     found = [
-        Workload(operator, shape.name, dtype)
-        for operator, shapes in SHAPES.items()
-        for shape in shapes
+        Workload(operator.name, case.id, dtype)
+        for operator in OPERATORS.values()
+        for case in operator.bench
         for dtype in DTYPES
+        if dtype in case.dtypes
     ]
     # Training in bfloat16 is for CPUs that can multiply it: others take minutes for a step.
     trained_in = DTYPES if _C.multiply_adds(1, bf16=True) else DTYPES[:1]
-    return found + [
-        Workload(TrainingStep.operator, name, dtype) for name in STEPS for dtype in trained_in
-    ]
+    return found + [Workload(TrainingStep.operator, name, dtype) for name in STEPS for dtype in trained_in]
 
 
 class OperatorProblem:
@@ -85,21 +74,20 @@ class OperatorProblem:
 
     stateful = False
 
-    def __init__(self, operator: str, name: str, dtype: torch.dtype):
+    def __init__(self, operator: Operator, shape: str, dtype: torch.dtype):
+        case = next(c for c in operator.bench if c.id == shape)
         self.operator, self.dtype = operator, dtype
-        shape = next(s for s in SHAPES[operator] if s.name == name)
-        self.arguments = shape.arguments(Draw(dtype))
+        self.arguments = args, kwargs = case.build(dtype, 0)
         self.inputs = differentiable(self.arguments)
         self.kinds = (FORWARD, BOTH) if self.inputs else (FORWARD,)
-        forward, backward = shape.floor(dtype.itemsize)
-        both = tuple(a + b for a, b in zip(forward, backward, strict=True))
-        self.floor = {FORWARD: forward, BOTH: both}
+        operations, moved = operator.flops(*args, **kwargs), operator.bytes(*args, **kwargs)
+        self.floor = {FORWARD: (operations[0], moved[0]), BOTH: (sum(operations), sum(moved))}
 
     def truth(self) -> list[Tensor]:
         """Outputs, then gradients, of the reference in float32."""
         arguments = map_tensors(lambda x: x.float() if x.is_floating_point() else x, self.arguments)
         args, kwargs = arguments
-        outputs = tensors_of(getattr(fastlm.reference, self.operator)(*args, **kwargs))
+        outputs = tensors_of(self.operator.reference(*args, **kwargs))
         live = [x for x in outputs if x.requires_grad]
         self.draw_cotangents([x.shape for x in live])
         if not live:
@@ -132,8 +120,8 @@ class OperatorProblem:
 
     def function(self, contender: str) -> Callable:
         if contender == FASTLM:
-            return getattr(fastlm, self.operator)
-        eager = ORIGINALS[self.operator]
+            return self.operator.function
+        eager = self.operator.eager or self.operator.reference
 
         def call(*args, **kwargs):  # a Python function: torch.compile and the context need one
             return eager(*args, **kwargs)

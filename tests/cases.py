@@ -297,6 +297,7 @@ register(
             attention("1x12x4096x64", 1, 12, 4096, 64, is_causal=True, dtypes=FLOATS),
             attention("1x32on8x2048x128", 1, (32, 8), 2048, 128, is_causal=True, dtypes=FLOATS),
             attention("decode-8x12x4096x64", 8, 12, (1, 4096), 64, grad=False, dtypes=FLOATS),
+            attention("smallest-1x2x8x16", 1, 2, 8, 16, dtypes=FLOATS),
         ),
         flops=attention_products,
         bytes=attention_traffic,
@@ -598,12 +599,12 @@ def _cross_entropy_case(
     return Case(id, build, eager=eager and kind != "int32")
 
 
-def _cross_entropy_bench(tokens: int) -> Case:
+def _cross_entropy_bench(id: str, tokens: int, classes: int) -> Case:
     def build(dtype, seed):
         draw = Draw(dtype, seed)
-        return (draw(tokens, 50257), draw.integers(0, 50257, (tokens,))), {}
+        return (draw(tokens, classes), draw.integers(0, classes, (tokens,))), {}
 
-    return Case(f"{tokens}x50257", build)
+    return Case(id, build)
 
 
 def _loss_flops(input, target, **kwargs) -> tuple[int, int]:
@@ -664,7 +665,11 @@ register(
             _cross_entropy_case("image-all", 2, 37, 5, weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
             _cross_entropy_case("prob-all", 6, 37, kind="prob-grad", weight=True, label_smoothing=0.1, z_loss=0.02, softcap=5.0, return_lse=True, eager=False),
         ),
-        bench=(_cross_entropy_bench(1024), _cross_entropy_bench(4096)),
+        bench=(
+            _cross_entropy_bench("1024x50257", 1024, 50257),
+            _cross_entropy_bench("4096x50257", 4096, 50257),
+            _cross_entropy_bench("smallest-4x8", 4, 8),
+        ),
         flops=_loss_flops,
         bytes=_loss_bytes,
     )
