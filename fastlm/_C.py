@@ -51,9 +51,7 @@ def isa() -> str:
 def set_isa(name: str) -> None:
     """Use another instruction set from now on."""
     if not _library.fastlm_set_isa(name.encode()):
-        raise ValueError(
-            f"fastlm._C.set_isa: {name!r} is not among those that run here: {', '.join(isas())}"
-        )
+        raise ValueError(f"fastlm._C.set_isa: {name!r} is not among those that run here: {', '.join(isas())}")
 
 
 def multiply_adds(rounds: int, *, bf16: bool = False) -> float:

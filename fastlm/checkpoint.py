@@ -108,9 +108,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder}: exists and is not a run of fastlm train; choose another --out")
     if not overwrite:
-        raise ValueError(
-            f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it"
-        )
+        raise ValueError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it")
 
 
 def read_options(folder: Path) -> dict:
@@ -188,9 +186,7 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as named tensors: ``KEY.PARAMETER``."""
     return {
         f"{key}.{name}": value
@@ -209,12 +205,8 @@ def restore_optimizer(
         state.setdefault(name, {})[key] = value
     parameters = dict(model.named_parameters())
     if state.keys() != parameters.keys() or any(
-        v.dim() and v.shape != parameters[n].shape
-        for n, values in state.items()
-        for v in values.values()
+        v.dim() and v.shape != parameters[n].shape for n, values in state.items() for v in values.values()
     ):
         raise ValueError("the optimizer's state is of another model")
     for name, p in parameters.items():
-        optimizer.state[p] = {
-            k: v if k == "step" else v.to(p.device) for k, v in state[name].items()
-        }
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state[name].items()}

@@ -17,9 +17,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(
-        f"fastlm: the command line needs {error.name}: pip install 'fastlm[train]'"
-    ) from None
+    raise SystemExit(f"fastlm: the command line needs {error.name}: pip install 'fastlm[train]'") from None
 
 from fastlm import checkpoint, data
 from fastlm import train as training
@@ -108,8 +106,7 @@ def _train(
             trainer.train()
     except training.Interrupted:
         console.print(
-            f"stopped after step {trainer.progress.step}; "
-            f"to go on: fastlm train --resume --out {folder}",
+            f"stopped after step {trainer.progress.step}; to go on: fastlm train --resume --out {folder}",
             soft_wrap=True,
             markup=False,
         )
@@ -137,8 +134,7 @@ def _refuse_given(ctx: typer.Context, given: dict, overwrite: bool) -> None:
         raise ValueError("--resume and --overwrite can't be given together")
     if changed:
         raise ValueError(
-            "--resume goes on with the run's own options; "
-            f"leave out --{changed[0].replace('_', '-')}"
+            f"--resume goes on with the run's own options; leave out --{changed[0].replace('_', '-')}"
         )
 
 
@@ -153,9 +149,7 @@ def _make_train_command() -> None:
             annotation=Annotated[kind, typer.Option(help=text)],
         )
 
-    parameters = [
-        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    ]
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     parameters += [
         option(f.name, f.type, f.default, f.metadata["help"])
         for f in dataclasses.fields(training.TrainOptions)
@@ -235,9 +229,7 @@ def evaluate(
             help="text files or folders, evaluated whole [default: the held-out text of the run]",
         ),
     ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="tokens in a sequence [default: as trained]")
-    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens in a sequence [default: as trained]")] = None,
     batch_size: Annotated[int, typer.Option(help="sequences in a pass")] = 16,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
 ) -> None:
@@ -323,9 +315,7 @@ def generate(
         console.out(prompt + tokenizer.decode(row))
 
 
-def print_sample(
-    model, tokenizer, prompt: str, max_new_tokens: int, *, device: str, **options
-) -> None:
+def print_sample(model, tokenizer, prompt: str, max_new_tokens: int, *, device: str, **options) -> None:
     """Prints a prompt, and what the model goes on with as it comes, to the end of the text."""
     end = tokenizer.end_of_text
     steps = model.to(device).stream(

@@ -84,9 +84,7 @@ def list_documents(paths: Sequence[str | os.PathLike] | None = None) -> list[Doc
     is left."""
     if paths is None:
         root = Path(sysconfig.get_path("stdlib"))
-        documents = [
-            d for d in _walk(root, _NOT_LIBRARY) if d.path.suffix == ".py" and _is_text(d.path)
-        ]
+        documents = [d for d in _walk(root, _NOT_LIBRARY) if d.path.suffix == ".py" and _is_text(d.path)]
         return _check_found(documents, [root])
     documents = []
     for path in map(Path, paths):
@@ -105,9 +103,7 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[Document]:
     for folder, names, files in os.walk(root):
         names[:] = [n for n in names if n not in skipped and not n.startswith(".")]
         found += [Path(folder) / f for f in files if not f.startswith(".")]
-    documents = [
-        Document(path.relative_to(root).as_posix(), path) for path in found if path.is_file()
-    ]
+    documents = [Document(path.relative_to(root).as_posix(), path) for path in found if path.is_file()]
     return iter(sorted(documents, key=lambda d: d.name))
 
 
@@ -120,9 +116,7 @@ def _is_text(path: Path) -> bool:
 
 def _check_found(documents: list[Document], paths) -> list[Document]:
     if not any(d.path.stat().st_size for d in documents):
-        raise ValueError(
-            f"the corpus is empty: no text in {', '.join(map(str, paths)) or 'no paths'}"
-        )
+        raise ValueError(f"the corpus is empty: no text in {', '.join(map(str, paths)) or 'no paths'}")
     return documents
 
 
@@ -164,9 +158,7 @@ def prepare(
     return corpus
 
 
-def encode_all(
-    paths: Sequence[str | os.PathLike], tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_all(paths: Sequence[str | os.PathLike], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """A whole corpus, unsplit and in memory: its tokens (N,) and its text as bytes (M,), as in
     :class:`Corpus`."""
     texts = [text for document in list_documents(paths) if (text := document.read())]
@@ -275,9 +267,7 @@ def open_corpus(folder: Path) -> Corpus:
     for split in ("train", "val"):
         tokens = np.memmap(folder / f"{split}.tokens", np.dtype(meta["dtype"]), "r")
         arrays[split] = tokens
-        arrays[f"{split}_text"] = (
-            tokens[1:] if meta["bytes"] else _map_bytes(folder / f"{split}.text")
-        )
+        arrays[f"{split}_text"] = tokens[1:] if meta["bytes"] else _map_bytes(folder / f"{split}.text")
     return Corpus(**arrays, key=folder.name, folder=folder)
 
 
@@ -305,9 +295,7 @@ def training_batch(
 
 
 @lru_cache(maxsize=2)
-def _epoch(
-    length: int, block_size: int, per_epoch: int, epoch: int, seed: int
-) -> tuple[int, np.ndarray]:
+def _epoch(length: int, block_size: int, per_epoch: int, epoch: int, seed: int) -> tuple[int, np.ndarray]:
     random = np.random.default_rng([seed, epoch])
     return int(random.integers(length - per_epoch * block_size)), random.permutation(per_epoch)
 

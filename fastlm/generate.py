@@ -108,8 +108,7 @@ def _check_prompts(model, prompts) -> list[list[int]]:
             raise ValueError(f"fastlm.generate: prompt {b} is empty, expected at least one token")
         if min(row) < 0 or max(row) >= vocab_size:
             raise ValueError(
-                f"fastlm.generate: prompt {b} has a token outside the vocabulary "
-                f"0..{vocab_size - 1}"
+                f"fastlm.generate: prompt {b} has a token outside the vocabulary 0..{vocab_size - 1}"
             )
     return rows
 
@@ -131,9 +130,7 @@ def _steps(model, rows, max_new_tokens, options, seed, stop_tokens) -> Iterator[
         for row, token in zip(rows, drawn, strict=True):
             row.append(token)
         yield [token if live else None for token, live in zip(drawn, alive, strict=True)]
-        alive = [
-            live and token not in stop_tokens for token, live in zip(drawn, alive, strict=True)
-        ]
+        alive = [live and token not in stop_tokens for token, live in zip(drawn, alive, strict=True)]
         if not any(alive):
             return
 

@@ -62,9 +62,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        is_batched = F._mha_shape_check(
-            query, key, value, key_padding_mask, attn_mask, self.num_heads
-        )
+        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "fastlm.nn.MultiheadAttention: is_causal is a hint about attn_mask, "
@@ -104,8 +102,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         name = "fastlm.nn.MultiheadAttention"
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(
-                f"{name}: query has embedding dimension {query.shape[-1]}, "
-                f"expected {self.embed_dim}"
+                f"{name}: query has embedding dimension {query.shape[-1]}, expected {self.embed_dim}"
             )
         if self._qkv_same_embed_dim:
             same = key.shape == value.shape
@@ -113,8 +110,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             same = key.shape[:2] == value.shape[:2]
         if not same:
             raise AssertionError(
-                f"{name}: key has shape {tuple(key.shape)}, which does not fit "
-                f"value's {tuple(value.shape)}"
+                f"{name}: key has shape {tuple(key.shape)}, which does not fit value's {tuple(value.shape)}"
             )
 
     def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -201,6 +197,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
+
 # ---- gru ----------------------------------------------------------------------------------
 
 
@@ -240,9 +237,7 @@ class GRU(torch.nn.RNNBase):
         self._norm_names: list[str] = []
         super().__init__("GRU", *args, **kwargs)
         self.zoneout = check_probability("nn.GRU", "zoneout", zoneout)
-        self.recurrent_dropout = check_probability(
-            "nn.GRU", "recurrent_dropout", recurrent_dropout
-        )
+        self.recurrent_dropout = check_probability("nn.GRU", "recurrent_dropout", recurrent_dropout)
         self.layer_norm = bool(layer_norm)
         if not self.layer_norm:
             return
@@ -271,9 +266,7 @@ class GRU(torch.nn.RNNBase):
 
     def _start(self, data: Tensor, batch: int) -> Tensor:
         D = 2 if self.bidirectional else 1
-        return torch.zeros(
-            self.num_layers * D, batch, self.hidden_size, dtype=data.dtype, device=data.device
-        )
+        return torch.zeros(self.num_layers * D, batch, self.hidden_size, dtype=data.dtype, device=data.device)
 
     def _run(self, *data_and_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
         # Looked up by name: right under functional_call, parametrizations and torch.compile.
@@ -340,9 +333,7 @@ class GRUCell(torch.nn.GRUCell):
     def __init__(self, *args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.zoneout = check_probability("nn.GRUCell", "zoneout", zoneout)
-        self.recurrent_dropout = check_probability(
-            "nn.GRUCell", "recurrent_dropout", recurrent_dropout
-        )
+        self.recurrent_dropout = check_probability("nn.GRUCell", "recurrent_dropout", recurrent_dropout)
         self.layer_norm = bool(layer_norm)
         if self.layer_norm:
             like = self.weight_hh
@@ -485,13 +476,9 @@ class LinearCrossEntropyLoss(_LinearLoss):
         return_lse: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
-            raise RuntimeError(
-                f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
-            )
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if not 0 <= label_smoothing <= 1:
-            raise RuntimeError(
-                f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
-            )
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
         torch.nn.modules.loss._WeightedLoss.__init__(self, weight=weight, reduction=reduction)
         self.num_classes = num_classes
         self.out_features = out_features

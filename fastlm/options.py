@@ -55,12 +55,8 @@ class TrainOptions:
     data: list[str] | None = _option(
         None, "text files or folders [default: the source of Python's standard library]"
     )
-    tokenizer: str = _option(
-        "bytes", "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME"
-    )
-    val_bytes: int | None = _option(
-        None, "about how much text to hold out [default: 5%, at most 128 KiB]"
-    )
+    tokenizer: str = _option("bytes", "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME")
+    val_bytes: int | None = _option(None, "about how much text to hold out [default: 5%, at most 128 KiB]")
     cache: str | None = _option(None, "folder of token files [default: ~/.cache/fastlm]")
     init: str | None = _option(None, "folder of a model to start from, instead of fresh weights")
     n_layer: int | None = _option(None, "layers")
@@ -74,9 +70,7 @@ class TrainOptions:
     zoneout: float | None = _option(None, "share of hidden units kept at a step (gru)")
     recurrent_dropout: float | None = _option(None, "dropped share of recurrent weights (gru)")
     layer_norm: bool | None = _option(None, "layer norm in the gates (gru)")
-    tie: bool = _option(
-        True, "share the weights of embedding and head (gru: where their widths agree)"
-    )
+    tie: bool = _option(True, "share the weights of embedding and head (gru: where their widths agree)")
     dropout: float | None = _option(None, "dropout rate")
     block_size: int = _option(256, "tokens in a sequence")
     batch_size: int | None = _option(None, "sequences in a pass [default: gpt 4, gru 8]")
@@ -97,9 +91,7 @@ class TrainOptions:
     eval_every: int = _option(100, "steps between evaluations")
     eval_blocks: int = _option(64, "blocks of the validation text in these")
     save_every: int = _option(100, "steps between checkpoints")
-    patience: int | None = _option(
-        None, "stop after so many evaluations in a row without a new best"
-    )
+    patience: int | None = _option(None, "stop after so many evaluations in a row without a new best")
     seed: int = _option(0, "of weights, data order and dropout")
     dtype: str = _option("float32", "float32, or bfloat16 (autocast)")
     device: str = _option("cpu", "torch device")

@@ -113,9 +113,7 @@ def _scaled_dot_product_attention(
         function = fastlm.functional.scaled_dot_product_attention
     else:
         function = _originals["scaled_dot_product_attention"]
-    return function(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _cross_entropy(
@@ -363,9 +361,7 @@ class installed:
 
 
 _converted = {
-    getattr(torch.nn, name): getattr(fastlm.nn, name)
-    for name in fastlm.nn.__all__
-    if hasattr(torch.nn, name)
+    getattr(torch.nn, name): getattr(fastlm.nn, name) for name in fastlm.nn.__all__ if hasattr(torch.nn, name)
 }
 
 

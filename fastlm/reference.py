@@ -36,6 +36,7 @@ def dropout_keep(seed: Tensor, heads: int, Tq: int, Tk: int, dropout_p: float) -
     under the key `seed` (int64 scalar); it is kept if the word is at least dropout_p * 2**32.
     The kernels compute the same words, so forward, backward and this formula agree.
     """
+
     def index(n):
         return torch.arange(n, dtype=torch.int64, device=seed.device)
 
@@ -124,7 +125,9 @@ def scaled_dot_product_attention(
         logits = logits - alibi_slopes.to(wide)[..., None, None] * (i + (Tk - Tq) - j).abs().to(wide)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros(attn_mask.shape, dtype=wide, device=q.device).masked_fill(~attn_mask, -math.inf)
+            attn_mask = torch.zeros(attn_mask.shape, dtype=wide, device=q.device).masked_fill(
+                ~attn_mask, -math.inf
+            )
         logits = logits + attn_mask.to(wide)
     lower, upper = band(Tq, Tk, is_causal, window_size)
     if lower is not None:
@@ -195,8 +198,13 @@ def varlen_attn(
             end = k_ends[n + 1] if seqused_k is None else begin + int(seqused_k[n])
             k, v = key[begin:end], value[begin:end]
         o, l = scaled_dot_product_attention(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1),
-            scale=scale, enable_gqa=enable_gqa, window_size=window_size, return_lse=True,
+            q.transpose(0, 1),
+            k.transpose(0, 1),
+            v.transpose(0, 1),
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window_size=window_size,
+            return_lse=True,
         )
         outs.append(o.transpose(0, 1))
         lses.append(l)
@@ -333,9 +341,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None):
         data, *rest, batch_first = args
     if batch_first:
         data = data.transpose(0, 1)
-    output, hn = gru_stack(
-        gru_layer, data, batch_sizes, *rest, zoneout, recurrent_dropout, layer_norm
-    )
+    output, hn = gru_stack(gru_layer, data, batch_sizes, *rest, zoneout, recurrent_dropout, layer_norm)
     return output.transpose(0, 1) if batch_first else output, hn
 
 

@@ -65,9 +65,7 @@ class TiktokenTokenizer:
         return np.array(self._encoding.encode_ordinary(text), np.uint32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return b"".join(self._bytes(t) for t in tokens if t != self.end_of_text).decode(
-            errors="replace"
-        )
+        return b"".join(self._bytes(t) for t in tokens if t != self.end_of_text).decode(errors="replace")
 
     def _bytes(self, token: int) -> bytes:
         try:
@@ -98,9 +96,7 @@ def load_tokenizer(spec: str, folder: str | os.PathLike = ".") -> Tokenizer:
             return FileTokenizer(library.Tokenizer.from_pretrained(name))
         path = Path(folder) / spec
         if not path.is_file():
-            raise ValueError(
-                "no such file; expected bytes, a tokenizer.json, tiktoken:NAME or hub:NAME"
-            )
+            raise ValueError("no such file; expected bytes, a tokenizer.json, tiktoken:NAME or hub:NAME")
         return FileTokenizer(library.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer {spec!r}: {error}") from None
@@ -122,9 +118,7 @@ def _import(name: str, spec: str):
     try:
         return __import__(name)
     except ImportError:
-        raise ValueError(
-            f"tokenizer {spec!r} needs the {name} library: pip install {name}"
-        ) from None
+        raise ValueError(f"tokenizer {spec!r} needs the {name} library: pip install {name}") from None
 
 
 def text_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

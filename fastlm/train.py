@@ -36,17 +36,13 @@ def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
         model, own = checkpoint.load_model(options.init)
         if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"{options.init}: this model was trained with another tokenizer "
-                f"than {options.tokenizer}"
+                f"{options.init}: this model was trained with another tokenizer than {options.tokenizer}"
             )
         if model.model_type != options.model:
-            raise ValueError(
-                f"{options.init}: this is a {model.model_type}, give --model {model.model_type}"
-            )
+            raise ValueError(f"{options.init}: this is a {model.model_type}, give --model {model.model_type}")
         if model.max_length is not None and options.block_size > model.max_length:
             raise ValueError(
-                f"{options.init}: its context is {model.max_length}, "
-                f"block_size is {options.block_size}"
+                f"{options.init}: its context is {model.max_length}, block_size is {options.block_size}"
             )
         return model
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
@@ -70,9 +66,7 @@ def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.A
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True
-    )
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
 
 
 @torch.no_grad()
@@ -256,9 +250,7 @@ class Trainer:
                 f"the loss is {loss} at step {progress.step + 1}: try a smaller lr. The last "
                 f"checkpoint in {self.run.folder} is from before"
             )
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.options.clip or math.inf
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -274,9 +266,7 @@ class Trainer:
                 self.corpus.train, options.block_size, options.batch_size, first, options.seed
             )
             idx, targets = (t.to(options.device) for t in batch)
-            with torch.autocast(
-                idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"
-            ):
+            with torch.autocast(idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
                 loss = self.model(idx, targets) / options.accumulate
             loss.backward()
             total += loss.item()
@@ -338,9 +328,7 @@ def start(
         "corpus": trainer_parts[0].key,
         "threads": torch.get_num_threads(),
     }
-    return Trainer(
-        options, *trainer_parts, checkpoint.Run.create(folder, record, overwrite), report
-    )
+    return Trainer(options, *trainer_parts, checkpoint.Run.create(folder, record, overwrite), report)
 
 
 def resume(folder: Path, report=lambda kind, values: None) -> Trainer:

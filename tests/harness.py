@@ -54,9 +54,7 @@ def differentiable(tree) -> list[Tensor]:
 
 def cotangents_for(outputs: list[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs
-    ]
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
 
 
 def run(function: Callable, arguments, seed: int, cotangents: list[Tensor] | None = None):
@@ -151,6 +149,4 @@ def _failure(what, dtype, actual, eager, truth, scale) -> list[str]:
     bound = limit(dtype, theirs, scale)
     if mine <= bound:
         return []
-    return [
-        f"{what}: error {mine:.3g} > {bound:.3g} (eager {theirs:.3g}, scale {scale:.3g}, {dtype})"
-    ]
+    return [f"{what}: error {mine:.3g} > {bound:.3g} (eager {theirs:.3g}, scale {scale:.3g}, {dtype})"]

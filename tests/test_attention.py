@@ -65,7 +65,9 @@ def test_philox_known_answers():
 def test_dropout_in_compiled_code_is_fresh():
     inputs = qkv()
     torch.compiler.reset()
-    compiled = torch.compile(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
     assert not torch.equal(compiled(*inputs), compiled(*inputs))
 
 
@@ -106,16 +108,22 @@ def test_leading_dimensions_as_eager(shapes, mask):
 
 def test_gqa_in_three_dimensions_and_with_other_value_heads():
     q, k, v = torch.randn(6, 3, 5), torch.randn(2, 4, 5), torch.randn(3, 4, 5)
-    torch.testing.assert_close(sdpa(q, k, k, enable_gqa=True), F.scaled_dot_product_attention(q, k, k, enable_gqa=True))
+    torch.testing.assert_close(
+        sdpa(q, k, k, enable_gqa=True), F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    )
     q, k, v = q[None], k[None], v[None]
-    torch.testing.assert_close(sdpa(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    torch.testing.assert_close(
+        sdpa(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    )
 
 
 @pytest.mark.parametrize("T", ((5, 7), (7, 7)), ids=str)
 @pytest.mark.parametrize("variant", (causal_upper_left, causal_lower_right), ids=lambda f: f.__name__)
 def test_causal_bias_objects(variant, T):
     inputs = qkv(Tq=T[0], Tk=T[1], dtype=torch.float64)
-    torch.testing.assert_close(sdpa(*inputs, variant(*T)), F.scaled_dot_product_attention(*inputs, variant(*T)))
+    torch.testing.assert_close(
+        sdpa(*inputs, variant(*T)), F.scaled_dot_product_attention(*inputs, variant(*T))
+    )
 
 
 @pytest.mark.parametrize("mask_dtype", (torch.bool, torch.float32), ids=str)
@@ -227,9 +235,19 @@ def test_split_keys_do_not_depend_on_the_batch():
     at = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     keys = torch.tensor([0, 1500, 1510, 3000], dtype=torch.int32)
     for num_splits in (None, 1):
-        together = fastlm.varlen_attn(x, cache, cache, at, keys, 1, 1500, enable_gqa=True, num_splits=num_splits)
+        together = fastlm.varlen_attn(
+            x, cache, cache, at, keys, 1, 1500, enable_gqa=True, num_splits=num_splits
+        )
         alone = fastlm.varlen_attn(
-            x[:1], cache[:1500], cache[:1500], at[:2], keys[:2], 1, 1500, enable_gqa=True, num_splits=num_splits
+            x[:1],
+            cache[:1500],
+            cache[:1500],
+            at[:2],
+            keys[:2],
+            1,
+            1500,
+            enable_gqa=True,
+            num_splits=num_splits,
         )
         assert torch.equal(together[:1], alone)
 
@@ -254,7 +272,9 @@ def test_varlen_compiles_whole():
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), call(x))
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(call(x).sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(call(x).sum(), x)
+    )
 
 
 def test_vmap_and_hessian_go_through_the_formula():
@@ -296,11 +316,23 @@ def change(**replacements):
         ({"key": lambda q, k, v: k.to("meta")}, ValueError, "key is on meta, expected cpu"),
         ({"query": lambda q, k, v: q.to_sparse()}, ValueError, "query has layout torch.sparse_coo"),
         ({"key": lambda q, k, v: k.repeat(1, 2, 1, 1)}, ValueError, "do not broadcast over their leading"),
-        ({"key": lambda q, k, v: k.repeat(1, 3, 1, 1), "enable_gqa": True}, ValueError, "6 key heads and 2 value"),
-        ({"attn_mask": torch.zeros(5, 6)}, ValueError, r"attn_mask has shape \(5, 6\), which does not broadcast"),
+        (
+            {"key": lambda q, k, v: k.repeat(1, 3, 1, 1), "enable_gqa": True},
+            ValueError,
+            "6 key heads and 2 value",
+        ),
+        (
+            {"attn_mask": torch.zeros(5, 6)},
+            ValueError,
+            r"attn_mask has shape \(5, 6\), which does not broadcast",
+        ),
         ({"attn_mask": torch.zeros(3, 1, 1, 7)}, ValueError, "attn_mask has shape .* does not broadcast"),
         ({"attn_mask": torch.zeros(1, 2, 2, 5, 7)}, ValueError, "attn_mask has shape .* does not broadcast"),
-        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "attn_mask is torch.int64, expected"),
+        (
+            {"attn_mask": torch.zeros(5, 7, dtype=torch.int64)},
+            TypeError,
+            "attn_mask is torch.int64, expected",
+        ),
         ({"attn_mask": torch.zeros(5, 7, dtype=torch.float16)}, TypeError, "attn_mask is torch.float16"),
         ({"attn_mask": [1.0]}, TypeError, "attn_mask is list, expected a Tensor"),
         ({"attn_mask": causal_lower_right(5, 6)}, ValueError, "CausalBias of 5 x 6, expected 5 x 7"),
@@ -312,8 +344,16 @@ def change(**replacements):
         ({"window_size": (-2, 0)}, ValueError, r"window_size is \(-2, 0\), expected two integers"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected a finite number >= 0"),
         ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number >= 0"),
-        ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes has shape \(3,\), expected \(2,\) or \(2, 2\)"),
-        ({"alibi_slopes": torch.zeros(2, dtype=torch.int64)}, TypeError, "alibi_slopes must be a floating Tensor"),
+        (
+            {"alibi_slopes": torch.zeros(3)},
+            ValueError,
+            r"alibi_slopes has shape \(3,\), expected \(2,\) or \(2, 2\)",
+        ),
+        (
+            {"alibi_slopes": torch.zeros(2, dtype=torch.int64)},
+            TypeError,
+            "alibi_slopes must be a floating Tensor",
+        ),
         ({"sinks": torch.zeros(2, 2)}, ValueError, r"sinks has shape \(2, 2\), expected \(2,\)"),
     ),
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -335,10 +375,22 @@ def packed_arguments(**replacements):
     (
         ({"query": torch.randn(10, 8)}, ValueError, "query has shape"),
         ({"key": torch.randn(10, 1, 8)}, ValueError, "value has shape"),
-        ({"key": torch.randn(10, 1, 8), "value": torch.randn(10, 1, 8)}, ValueError, "Try setting enable_gqa"),
+        (
+            {"key": torch.randn(10, 1, 8), "value": torch.randn(10, 1, 8)},
+            ValueError,
+            "Try setting enable_gqa",
+        ),
         ({"key": torch.randn(10, 2, 8).double()}, TypeError, "key is torch.float64"),
-        ({"cu_seq_q": torch.tensor([0, 4, 11], dtype=torch.int32)}, RuntimeError, "cu_seq_q runs from 0 to 11"),
-        ({"cu_seq_q": torch.tensor([0, 8, 4], dtype=torch.int32)}, RuntimeError, "cu_seq_q decreases from 8 to 4"),
+        (
+            {"cu_seq_q": torch.tensor([0, 4, 11], dtype=torch.int32)},
+            RuntimeError,
+            "cu_seq_q runs from 0 to 11",
+        ),
+        (
+            {"cu_seq_q": torch.tensor([0, 8, 4], dtype=torch.int32)},
+            RuntimeError,
+            "cu_seq_q decreases from 8 to 4",
+        ),
         ({"cu_seq_q": torch.tensor([0.0, 4.0, 10.0])}, TypeError, "cu_seq_q is torch.float32"),
         ({"cu_seq_k": torch.tensor([0, 10], dtype=torch.int32)}, ValueError, "cu_seq_k has shape"),
         ({"cu_seq_k": None}, ValueError, "cu_seq_k is None"),
@@ -348,7 +400,11 @@ def packed_arguments(**replacements):
         ({"window_size": (0, -3)}, ValueError, "window_size is"),
         ({"num_splits": -1}, ValueError, "num_splits is -1"),
         ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, "key has shape"),
-        ({"seqused_k": torch.tensor([9, 1], dtype=torch.int32)}, RuntimeError, "seqused_k is 9 for sequence 0"),
+        (
+            {"seqused_k": torch.tensor([9, 1], dtype=torch.int32)},
+            RuntimeError,
+            "seqused_k is 9 for sequence 0",
+        ),
     ),
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -365,7 +421,9 @@ def test_paged_errors():
         fastlm.varlen_attn(q, pool, pool, at, None, 1, 4, seqused_k=used, block_table=table)
     with pytest.raises(ValueError, match="block_table requires seqused_k"):
         fastlm.varlen_attn(q, pool, pool, at, None, 1, 4, block_table=table)
-    with pytest.raises(RuntimeError, match="block_table is for inference only|seqused_k is for inference only"):
+    with pytest.raises(
+        RuntimeError, match="block_table is for inference only|seqused_k is for inference only"
+    ):
         fastlm.varlen_attn(
             q.requires_grad_(), pool, pool, at, None, 1, 4, seqused_k=used, block_table=table.clamp(max=2)
         )

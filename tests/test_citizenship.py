@@ -63,11 +63,7 @@ def test_autocast_as_eager(operator, case, to):
     outputs, gradients, _ = run(under_autocast(operator.function), arguments, 0, cotangents)
     for actual, reference in zip(outputs + gradients, expected + expected_gradients, strict=True):
         assert actual.dtype == reference.dtype
-        scale = (
-            max(1.0, reference.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-            if reference.numel()
-            else 1.0
-        )
+        scale = max(1.0, reference.nan_to_num(0.0, 0.0, 0.0).abs().max().item()) if reference.numel() else 1.0
         torch.testing.assert_close(
             actual.float(), reference.float(), rtol=3e-2, atol=3e-2 * scale, equal_nan=True
         )
@@ -145,9 +141,7 @@ FUNCTIONS = {
         lambda: (),
     ),
 }
-every_function = pytest.mark.parametrize(
-    "ours, eager, floats, rest", FUNCTIONS.values(), ids=FUNCTIONS
-)
+every_function = pytest.mark.parametrize("ours, eager, floats, rest", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def close(function, rest):
@@ -236,9 +230,7 @@ def test_third_derivative(ours, eager, floats, rest):
 def test_functional_call_and_jacobian_of_autograd(ours, eager, floats, rest):
     values, given = floats(), rest()
     jacobian = torch.autograd.functional.jacobian
-    torch.testing.assert_close(
-        jacobian(close(ours, given), values), jacobian(close(eager, given), values)
-    )
+    torch.testing.assert_close(jacobian(close(ours, given), values), jacobian(close(eager, given), values))
     # vectorize=True differentiates once with a batched cotangent: a vmap over our backward.
     torch.testing.assert_close(
         jacobian(close(ours, given), values, vectorize=True), jacobian(close(eager, given), values)
@@ -253,9 +245,7 @@ def test_backward_twice_needs_retain_graph(operator):
     arguments = sample(operator)
     total = sum(x.sum() for x in call(operator, arguments) if x.requires_grad)
     inputs = differentiable(arguments)
-    first = torch.autograd.grad(
-        total, inputs, retain_graph=True, materialize_grads=True, allow_unused=True
-    )
+    first = torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True, allow_unused=True)
     second = torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time|already been freed"):
@@ -324,9 +314,7 @@ def test_checkpointing(operator, reentrant):
         checkpoint(lambda *v: function(*v), *leaves, use_reentrant=True).backward()
         actual = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     else:
-        actual = torch.autograd.grad(
-            checkpoint(function, *inputs, use_reentrant=False), inputs, **options
-        )
+        actual = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False), inputs, **options)
     torch.testing.assert_close(list(actual), list(expected))
     with torch.autograd.graph.save_on_cpu():
         offloaded = function(*inputs)
@@ -354,9 +342,7 @@ def test_default_dtype_does_not_matter(operator):
         outputs = call(operator, sample(operator))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(
-        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(outputs, expected, strict=True)
-    )
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(outputs, expected, strict=True))
 
 
 # ---- threads and processes -----------------------------------------------------------------
@@ -426,9 +412,7 @@ def test_dataloader_workers():
     """Forked after the parent has used the thread pool: results are the same, and none hangs."""
     dataset = Losses()
     expected = [dataset[i] for i in range(4)]
-    for i, (value, gradient) in enumerate(
-        DataLoader(dataset, batch_size=None, num_workers=2, timeout=120)
-    ):
+    for i, (value, gradient) in enumerate(DataLoader(dataset, batch_size=None, num_workers=2, timeout=120)):
         torch.testing.assert_close((value, gradient), expected[i])
 
 
@@ -531,9 +515,7 @@ def test_copies_and_pickles(name):
 def test_moves_between_dtypes_and_devices(name):
     module, inputs = make(name)
     wide = module.double()
-    doubled = [
-        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
-    ]
+    doubled = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     assert first(wide(*doubled)).dtype == torch.float64
     meta = make(name)[0].to("meta")
     inputs = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -580,9 +562,7 @@ def test_compiles_whole_and_dynamic(name):
         for times in (1, 2, 3):
             longer = [lengthen(x, times) for x in inputs]
             leaves = [
-                x.clone().requires_grad_()
-                if isinstance(x, torch.Tensor) and x.is_floating_point()
-                else x
+                x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                 for x in longer
             ]
             if name == "MultiheadAttention":

@@ -12,10 +12,7 @@ import torch
 from fastlm import checkpoint, cli, train
 from fastlm.data import encode_all
 
-TINY = (
-    "--n-layer 1 --n-embd 16 --block-size 16 --batch-size 2 --threads 1 --eval-blocks 4 "
-    "--no-tensorboard"
-)
+TINY = "--n-layer 1 --n-embd 16 --block-size 16 --batch-size 2 --threads 1 --eval-blocks 4 --no-tensorboard"
 
 
 @pytest.fixture
@@ -36,18 +33,13 @@ def run(tmp_path, monkeypatch, capsys, restore_threads):
 
 
 def bits(output: str) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in re.findall(r"[│|] (.+?) +[│|] +(\d+\.\d+) [│|]", output)
-    }
+    return {name: float(value) for name, value in re.findall(r"[│|] (.+?) +[│|] +(\d+\.\d+) [│|]", output)}
 
 
 @pytest.mark.parametrize("model", ["gpt --n-head 2", "gru --n-hidden 24"])
 def test_train_evaluate_generate(run, tmp_path, model):
     name = model.split()[0]
-    status, output, errors = run(
-        f"train --model {model} TINY --data a.txt b.txt --max-steps 60 --sample 20"
-    )
+    status, output, errors = run(f"train --model {model} TINY --data a.txt b.txt --max-steps 60 --sample 20")
     assert (status, errors) == (0, "")
     assert json.loads((tmp_path / f"runs/{name}/run.json").read_text())["data"] == [
         "a.txt",
@@ -62,10 +54,7 @@ def test_train_evaluate_generate(run, tmp_path, model):
     values = dict(re.findall(r"^(\S.*?)  +([\d.]+)", output, re.M))
     assert float(values["bits per byte"]) == pytest.approx(table[name], abs=1e-3)
     assert float(values["perplexity"]) == pytest.approx(math.exp(float(values["loss"])), rel=1e-3)
-    assert (
-        run(f"evaluate runs/{name}/checkpoints/step-60")[1].splitlines()[:3]
-        == output.splitlines()[:3]
-    )
+    assert run(f"evaluate runs/{name}/checkpoints/step-60")[1].splitlines()[:3] == output.splitlines()[:3]
 
     status, output, _ = run(f"evaluate runs/{name} --data b.txt --block-size 8")
     loaded, tokenizer = checkpoint.load_model(f"runs/{name}")
@@ -74,8 +63,7 @@ def test_train_evaluate_generate(run, tmp_path, model):
     assert f"loss           {train.evaluate(loaded, tokens, 8):.4f} nats/token" in output
 
     command = (
-        f"generate runs/{name} 12 --max-new-tokens 30 --seed 3 "
-        "--temperature 1.5 --top-k 30 --top-p 0.95"
+        f"generate runs/{name} 12 --max-new-tokens 30 --seed 3 --temperature 1.5 --top-k 30 --top-p 0.95"
     )
     first, again = run(command), run(command)
     assert first == again and first[0] == 0 and first[1].startswith("12") and len(first[1]) > 10
@@ -174,14 +162,10 @@ def test_info(run):
 
 
 def test_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlm", "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fastlm", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("train", "evaluate", "generate", "info"))
     done = subprocess.run(
         [sys.executable, "-m", "fastlm", "train", "--colour"], capture_output=True, text=True
     )
-    assert done.returncode == 2 and done.stderr.startswith(
-        "fastlm: error: No such option: --colour"
-    )
+    assert done.returncode == 2 and done.stderr.startswith("fastlm: error: No such option: --colour")

@@ -228,13 +228,9 @@ def test_linear_errors(name):
 
 def test_deprecated_reductions():
     with pytest.warns(UserWarning, match="deprecated"):
-        assert_close(
-            fastlm.cross_entropy(X, Y, size_average=False), F.cross_entropy(X, Y, reduction="sum")
-        )
+        assert_close(fastlm.cross_entropy(X, Y, size_average=False), F.cross_entropy(X, Y, reduction="sum"))
     with pytest.warns(UserWarning, match="deprecated"):
-        assert_close(
-            fastlm.cross_entropy(X, Y, reduce=False), F.cross_entropy(X, Y, reduction="none")
-        )
+        assert_close(fastlm.cross_entropy(X, Y, reduce=False), F.cross_entropy(X, Y, reduction="none"))
 
 
 # ---- modules --------------------------------------------------------------------------------
@@ -250,17 +246,13 @@ def test_modules_are_torchs():
 
 
 def test_linear_module():
-    ours = fastlm.nn.LinearCrossEntropyLoss(
-        3, 5, out_features=(2,), bias=True, weight=torch.rand(5)
-    )
+    ours = fastlm.nn.LinearCrossEntropyLoss(3, 5, out_features=(2,), bias=True, weight=torch.rand(5))
     assert set(ours.state_dict()) == {"weight", "linear.weight", "linear.bias"}
     target = torch.randint(5, (4, 2))
     logits = ours.linear(H).reshape(4, 5, 2)
     assert_close(ours(H, target), F.cross_entropy(logits, target, weight=ours.weight))
     if hasattr(torch.nn, "LinearCrossEntropyLoss"):
-        theirs = torch.nn.LinearCrossEntropyLoss(
-            3, 5, out_features=(2,), bias=True, weight=ours.weight
-        )
+        theirs = torch.nn.LinearCrossEntropyLoss(3, 5, out_features=(2,), bias=True, weight=ours.weight)
         theirs.load_state_dict(ours.state_dict())
         assert repr(ours) == repr(theirs)
         assert_close(ours(H, target), theirs(H, target))

@@ -43,9 +43,7 @@ def test_default_corpus_is_library_code_in_a_fixed_order():
 def test_splits_hold_the_whole_text_once(tmp_path):
     for i in range(30):
         (tmp_path / f"{i:02}.txt").write_text(f"document {i}\n" * 20)
-    corpus = prepare(
-        [tmp_path / f"{i:02}.txt" for i in range(30)], val_bytes=2000, cache=tmp_path / "c"
-    )
+    corpus = prepare([tmp_path / f"{i:02}.txt" for i in range(30)], val_bytes=2000, cache=tmp_path / "c")
     train, val = (bytes(t).decode().split("\0")[:-1] for t in (corpus.train_text, corpus.val_text))
     assert sorted(train + val) == sorted(f"document {i}\n" * 20 for i in range(30))
     assert 1000 <= len(corpus.val_text) <= 3000
@@ -131,9 +129,7 @@ def test_an_epoch_takes_each_block_once(length):
         idx, targets = data.training_batch(tokens, 16, blocks, epoch * blocks, seed=5)
         assert (targets == idx + 1).all()
         assert len(set(idx.flatten().tolist())) == blocks * 16
-    one_by_one = [
-        data.training_batch(tokens, 16, 1, i, seed=5)[0][0].tolist() for i in range(2 * blocks)
-    ]
+    one_by_one = [data.training_batch(tokens, 16, 1, i, seed=5)[0][0].tolist() for i in range(2 * blocks)]
     assert data.training_batch(tokens, 16, 2 * blocks, 0, seed=5)[0].tolist() == one_by_one
 
 
@@ -223,9 +219,7 @@ def test_text_stream_of_a_file_tokenizer(tokenizer_file):
 
 def test_ngrams_follow_their_formula():
     """Against the formula, written for one byte at a time over dictionaries."""
-    train, val = (
-        np.frombuffer(t.encode(), np.uint8) for t in ("abracadabra abra", "abra cad xyz aab")
-    )
+    train, val = (np.frombuffer(t.encode(), np.uint8) for t in ("abracadabra abra", "abra cad xyz aab"))
 
     def probability(history: bytes, byte: int) -> float:
         seen = Counter()
@@ -248,6 +242,4 @@ def test_ngrams_follow_their_formula():
 
 def test_gzip_bits():
     text = np.frombuffer(TEXT.encode(), np.uint8)
-    assert baselines.gzip_bits_per_byte(text) == 8 * len(gzip.compress(TEXT.encode(), 9)) / len(
-        text
-    )
+    assert baselines.gzip_bits_per_byte(text) == 8 * len(gzip.compress(TEXT.encode(), 9)) / len(text)

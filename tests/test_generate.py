@@ -64,9 +64,7 @@ def test_a_full_context_goes_on_from_its_last_half():
 def test_a_prompt_longer_than_the_context():
     model = small_model("gpt", n_positions=8)
     prompt = list(range(20))
-    assert model.generate([prompt], 3, temperature=0)[0] == greedy_without_cache(
-        model, prompt[-4:], 3
-    )
+    assert model.generate([prompt], 3, temperature=0)[0] == greedy_without_cache(model, prompt[-4:], 3)
 
 
 def test_rows_end_at_stop_tokens(model):
@@ -108,9 +106,7 @@ def test_sample_follows_the_distribution():
 
     p = logits[0].softmax(0)
     torch.testing.assert_close(frequencies(), p, atol=0.015, rtol=0)
-    torch.testing.assert_close(
-        frequencies(temperature=2.0), (logits[0] / 2).softmax(0), atol=0.015, rtol=0
-    )
+    torch.testing.assert_close(frequencies(temperature=2.0), (logits[0] / 2).softmax(0), atol=0.015, rtol=0)
     two = torch.tensor([0.0, p[1], p[2], 0.0]) / (p[1] + p[2])
     torch.testing.assert_close(frequencies(top_k=2), two, atol=0.015, rtol=0)
     torch.testing.assert_close(frequencies(top_p=float(p[1]) + 0.01), two, atol=0.015, rtol=0)

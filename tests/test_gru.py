@@ -128,7 +128,11 @@ def test_copies_pickles_and_moves():
     stream = io.BytesIO()
     torch.save(module, stream)
     stream.seek(0)
-    copies = (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(stream, weights_only=False))
+    copies = (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(stream, weights_only=False),
+    )
     for other in copies:
         assert torch.equal(other(x)[0], expected)
         assert repr(other) == repr(module) == "GRU(4, 6, num_layers=2, zoneout=0.1, layer_norm=True)"
@@ -269,7 +273,10 @@ def test_module_compiles_whole(options):
     expected, actual = model(x), compiled(x)
     torch.testing.assert_close(actual, expected)
     leaves = [x, *model.parameters()]
-    assert_same(torch.autograd.grad(expected.square().sum(), leaves), torch.autograd.grad(actual.square().sum(), leaves))
+    assert_same(
+        torch.autograd.grad(expected.square().sum(), leaves),
+        torch.autograd.grad(actual.square().sum(), leaves),
+    )
 
 
 def test_module_compiles_with_dynamic_shapes():

@@ -16,9 +16,7 @@ import fastlm
 _common = dict(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 settings.register_profile("default", **_common)
 settings.register_profile("ci", **_common, derandomize=True)
-settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default")
-)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "default"))
 
 # Lengths meet at the boundaries of vectors (4, 8, 16 lanes) and tiles.
 lengths = st.sampled_from((0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65))
@@ -72,9 +70,7 @@ def test_scaled_dot_product_attention(data, isa, dtype):
         options["scale"] = draw(st.sampled_from((0.05, 0.5, 1.0)))
     ours = {}
     if draw(st.booleans()):
-        ours["window_size"] = draw(
-            st.tuples(st.sampled_from((-1, 0, 1, 9)), st.sampled_from((-1, 0, 2)))
-        )
+        ours["window_size"] = draw(st.tuples(st.sampled_from((-1, 0, 1, 9)), st.sampled_from((-1, 0, 2))))
     if draw(st.booleans()):
         ours["softcap"] = draw(st.sampled_from((0.5, 20.0)))
     alibi, sinks = draw(st.booleans()), draw(st.booleans())

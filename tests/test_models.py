@@ -16,9 +16,7 @@ V = 61
 
 def gpt_config(**options):
     sizes = {"vocab_size": V, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
-    return GPTConfig(
-        **{**sizes, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **options}
-    )
+    return GPTConfig(**{**sizes, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, **options})
 
 
 MODERN = {"n_kv_head": 2, "pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
@@ -207,9 +205,7 @@ def test_save_and_load(model, tmp_path):
     model.save_pretrained(tmp_path, note="kept")
     loaded = from_pretrained(tmp_path)
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
-    for (name, a), (other, b) in zip(
-        model.state_dict().items(), loaded.state_dict().items(), strict=True
-    ):
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     assert json.loads((tmp_path / "config.json").read_text())["note"] == "kept"
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
@@ -240,9 +236,7 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="config.json: can't be read"):
         from_pretrained(tmp_path)
     config.write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        ValueError, match=r"holds a model of type 'llama', expected one of \['gpt', 'gru'\]"
-    ):
+    with pytest.raises(ValueError, match=r"holds a model of type 'llama', expected one of \['gpt', 'gru'\]"):
         from_pretrained(tmp_path)
     config.write_text('{"model_type": "gpt2", "activation_function": "relu"}')
     with pytest.raises(ValueError, match="activation_function 'relu' isn't supported"):
@@ -284,9 +278,7 @@ def test_bad_inputs(model):
         model(idx[0])
     with pytest.raises(ValueError, match="got .* of torch.float32"):
         model(idx.float())
-    with pytest.raises(
-        ValueError, match=r"targets must have the shape of idx, \(3, 20\), got \(3, 19\)"
-    ):
+    with pytest.raises(ValueError, match=r"targets must have the shape of idx, \(3, 20\), got \(3, 19\)"):
         model(idx, idx[:, 1:])
     if model.max_length:
         with pytest.raises(ValueError, match="idx has 33 tokens, the model's context is 32"):

@@ -194,9 +194,7 @@ def test_reads_the_packed_projection_in_place():
     ids=("query", "key", "rank", "mask", "heads-mask", "mask-dtype", "padding", "hint"),
 )
 def test_errors(change, error, message):
-    arguments = dict(
-        query=torch.zeros(L, N, E), key=torch.zeros(S, N, E), value=torch.zeros(S, N, E)
-    )
+    arguments = dict(query=torch.zeros(L, N, E), key=torch.zeros(S, N, E), value=torch.zeros(S, N, E))
     ours, theirs = pair(dtype=torch.float32)
     with pytest.raises(error, match=message):
         ours(**(arguments | change), need_weights=False)

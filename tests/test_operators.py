@@ -87,9 +87,7 @@ def test_cotangents_of_any_layout(operator, case):
     if not inputs:
         pytest.skip("nothing to differentiate")
     torch.manual_seed(0)
-    live = [
-        x for x in tensors_of(operator.function(*arguments[0], **arguments[1])) if x.requires_grad
-    ]
+    live = [x for x in tensors_of(operator.function(*arguments[0], **arguments[1])) if x.requires_grad]
     for layout in ("expanded", "strided"):
         laid = [Draw.lay(x, layout) for x in cotangents_for(live, 1)]
         plain = [x.contiguous() for x in laid]
@@ -116,14 +114,10 @@ def test_some_outputs_and_inputs_only(operator, case):
         _, expected, _ = run(operator.function, arguments, 0, cotangents)
         torch.testing.assert_close(gradients[0], expected[i], equal_nan=True)
     torch.manual_seed(0)
-    live = [
-        x for x in tensors_of(operator.function(*arguments[0], **arguments[1])) if x.requires_grad
-    ]
+    live = [x for x in tensors_of(operator.function(*arguments[0], **arguments[1])) if x.requires_grad]
     seeds = cotangents_for(live, 1)
     settings = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
-    alone = [
-        torch.autograd.grad(x, inputs, c, **settings) for x, c in zip(live, seeds, strict=True)
-    ]
+    alone = [torch.autograd.grad(x, inputs, c, **settings) for x, c in zip(live, seeds, strict=True)]
     together = torch.autograd.grad(live, inputs, seeds, **settings)
     for i, total in enumerate(together):
         torch.testing.assert_close(sum(part[i] for part in alone), total, equal_nan=True)
@@ -139,9 +133,7 @@ def closed(operator, arguments):
     places = {id(x): i for i, x in enumerate(inputs)}
 
     def function(*values):
-        replaced = tree_map(
-            lambda x: values[places[id(x)]] if id(x) in places else x, (args, kwargs)
-        )
+        replaced = tree_map(lambda x: values[places[id(x)]] if id(x) in places else x, (args, kwargs))
         torch.manual_seed(0)
         outputs = tensors_of(operator.function(*replaced[0], **replaced[1]))
         return tuple(x for x in outputs if x.requires_grad)
@@ -192,9 +184,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function.namespace == "fastlm":
-            own = tree_map(
-                lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs)
-            )
+            own = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
             self.calls.append((function, *own))
         else:
             self.others.append(function.__name__)
@@ -322,9 +312,7 @@ def test_forward_mode(operator, case):
             args, kwargs = tree_map(
                 lambda x: replacements[places[id(x)]] if id(x) in places else x, arguments
             )
-            return tuple(
-                x for x in tensors_of(implementation(*args, **kwargs)) if x.is_floating_point()
-            )
+            return tuple(x for x in tensors_of(implementation(*args, **kwargs)) if x.is_floating_point())
 
         return call
 

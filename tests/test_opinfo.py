@@ -29,9 +29,7 @@ MODULES = {
     in ("GRU", "GRUCell", "MultiheadAttention", "CrossEntropyLoss", "LinearCrossEntropyLoss")
 }
 TRANSFORMERS = {
-    info.module_cls.__name__: info
-    for info in module_db
-    if "Transformer" in info.module_cls.__name__
+    info.module_cls.__name__: info for info in module_db if "Transformer" in info.module_cls.__name__
 }
 
 
@@ -124,9 +122,7 @@ def test_operator_samples_second_derivative(op):
     """gradgradcheck on torch's samples, the chunked ones too, where torch itself gives none."""
     chosen = [s for s in samples(op, torch.float64) if not is_random(s)]
     for sample in chosen[:: max(1, len(chosen) // 12)]:
-        inputs = [
-            x for x in tensors_of((sample.input, sample.args, sample.kwargs)) if x.requires_grad
-        ]
+        inputs = [x for x in tensors_of((sample.input, sample.args, sample.kwargs)) if x.requires_grad]
         positions = {id(x): i for i, x in enumerate(inputs)}
 
         def call(*values, sample=sample, positions=positions):
@@ -141,9 +137,7 @@ def test_operator_samples_second_derivative(op):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "op", [op for op in OPS.values() if op.error_inputs_func], ids=lambda op: op.name
-)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.error_inputs_func], ids=lambda op: op.name)
 def test_operator_errors(op):
     for bad in op.error_inputs("cpu"):
         sample = bad.sample_input
@@ -158,9 +152,7 @@ def test_operator_errors(op):
 
 def module_samples(info, dtype, training):
     torch.manual_seed(0)
-    return info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=training
-    )
+    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
 
 
 def build(module_class, sample, dtype, training):
@@ -198,9 +190,7 @@ def check_module(actual, expected, sample, dtype):
             materialize_grads=True,
         )
 
-    for i, (a, b) in enumerate(
-        zip(differentiate(actual, got), differentiate(expected, wanted), strict=True)
-    ):
+    for i, (a, b) in enumerate(zip(differentiate(actual, got), differentiate(expected, wanted), strict=True)):
         assert_as_good(a, b, dtype, f"gradient {i} of {sample.desc}")
 
 

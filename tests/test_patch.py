@@ -227,9 +227,7 @@ def test_what_we_do_not_serve_keeps_torchs_function():
         lambda: F.scaled_dot_product_attention(*[x.to("meta")] * 3),
         lambda: torch.func.vmap(F.scaled_dot_product_attention)(x, x, x),
         lambda: torch.func.grad(lambda y: F.cross_entropy(y, torch.tensor([1, 2])))(x[0, :2, 0]),
-        lambda: torch.jit.trace(
-            lambda y: F.scaled_dot_product_attention(y, y, y), (x,), check_trace=False
-        ),
+        lambda: torch.jit.trace(lambda y: F.scaled_dot_product_attention(y, y, y), (x,), check_trace=False),
     ]
     with fastlm.installed():
         for call in calls:
@@ -403,9 +401,7 @@ def test_compiled_program_follows_install_and_uninstall():
         return run
 
     torch.compiler.reset()
-    model = torch.compile(
-        lambda q: F.scaled_dot_product_attention(q, q, q), backend=backend, fullgraph=True
-    )
+    model = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend=backend, fullgraph=True)
     q = torch.randn(1, 2, 5, 8)
     expected = model(q)
     for _ in range(2):

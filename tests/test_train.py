@@ -105,9 +105,7 @@ def test_resumed_after_sigkill(options, tmp_path):
     start(options, tmp_path / "whole").train()
     folder = tmp_path / "killed"
     given = {
-        k: v
-        for k, v in vars(options).items()
-        if v is not None and k not in ("data", "tensorboard", "tie")
+        k: v for k, v in vars(options).items() if v is not None and k not in ("data", "tensorboard", "tie")
     }
     command = [sys.executable, "-m", "fastlm", "train", "--out", str(folder), "--sample", "0"]
     arguments = [a for k, v in given.items() for a in (f"--{k.replace('_', '-')}", str(v))]
@@ -156,9 +154,7 @@ def test_gradients_are_clipped(options, tmp_path):
     trainer.train()
     assert curve(tmp_path / "run")[0]["grad_norm"] > 0.1  # the one logged is from before
     means = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.model.parameters()]
-    assert torch.cat([m.flatten() for m in means]).norm().item() / 0.1 == pytest.approx(
-        0.01, rel=1e-3
-    )
+    assert torch.cat([m.flatten() for m in means]).norm().item() / 0.1 == pytest.approx(0.01, rel=1e-3)
 
 
 def test_bfloat16_autocast(options, tmp_path):
@@ -242,17 +238,13 @@ def test_evaluation_counts_every_token_once():
     model = GPT(GPTConfig(256, 16, n_embd=16, n_layer=1, n_head=2))
     tokens = torch.randint(256, (16 * 5 + 8,)).numpy()
     expected = [
-        model.eval()(
-            torch.tensor(tokens[i : i + 17])[None, :-1], torch.tensor(tokens[i + 1 : i + 17])[None]
-        )
+        model.eval()(torch.tensor(tokens[i : i + 17])[None, :-1], torch.tensor(tokens[i + 1 : i + 17])[None])
         * min(16, len(tokens) - 1 - i)
         for i in range(0, 80, 16)
     ]
     expected.append(model(torch.tensor(tokens[80:-1])[None], torch.tensor(tokens[81:])[None]) * 7)
     model.train()
-    assert evaluate(model, tokens, 16, batch_size=4) == pytest.approx(
-        sum(expected).item() / 87, rel=1e-5
-    )
+    assert evaluate(model, tokens, 16, batch_size=4) == pytest.approx(sum(expected).item() / 87, rel=1e-5)
     assert model.training
 
 
@@ -311,9 +303,7 @@ def test_an_existing_run_is_kept(options, tmp_path):
     trainer.train()
     trainer.run._lock.close()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    with pytest.raises(
-        ValueError, match="holds a run already; --resume goes on with it, --overwrite"
-    ):
+    with pytest.raises(ValueError, match="holds a run already; --resume goes on with it, --overwrite"):
         start(options(), folder)
     bad = options(block_size=10**6)
     with pytest.raises(ValueError, match="the corpus is too short"):
@@ -365,9 +355,7 @@ def test_resume_checks_what_it_goes_on_with(options, tmp_path, corpus):
     with pytest.raises(ValueError, match="not a checkpoint of this model"):
         resume(tmp_path / "run")
     corpus.write_text(corpus.read_text() + "more")
-    with pytest.raises(
-        ValueError, match="the corpus or the tokenizer has changed since this run began"
-    ):
+    with pytest.raises(ValueError, match="the corpus or the tokenizer has changed since this run began"):
         resume(tmp_path / "run")
 
 
@@ -438,8 +426,6 @@ def test_bad_device(options, tmp_path):
 
 
 def test_saved_tokenizer_must_fit_the_model(tmp_path):
-    checkpoint.save_model(
-        tmp_path, GPT(GPTConfig(16, 16, n_embd=16, n_layer=1, n_head=2)), ByteTokenizer()
-    )
+    checkpoint.save_model(tmp_path, GPT(GPTConfig(16, 16, n_embd=16, n_layer=1, n_head=2)), ByteTokenizer())
     with pytest.raises(ValueError, match="the tokenizer has 256 tokens, the model 16"):
         checkpoint.load_model(tmp_path)

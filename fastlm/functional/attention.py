@@ -10,6 +10,7 @@ from fastlm import reference
 from fastlm.ops import attention as ops_attention
 from fastlm.ops import choose_backend, under_transform
 
+
 def _attention_error(message: str) -> ValueError:
     return ValueError(f"fastlm.scaled_dot_product_attention: {message}")
 
@@ -20,9 +21,7 @@ def _check_window(name: str, window_size) -> None:
         or len(window_size) != 2
         or any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size)
     ):
-        raise ValueError(
-            f"{name}: window_size is {window_size!r}, expected two integers (left, right) >= -1"
-        )
+        raise ValueError(f"{name}: window_size is {window_size!r}, expected two integers (left, right) >= -1")
 
 
 def _check_scale(name: str, scale: float | None, D: int) -> float:
@@ -37,13 +36,17 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     error = _attention_error
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"fastlm.scaled_dot_product_attention: {name} is {type(x).__name__}, expected a Tensor")
+            raise TypeError(
+                f"fastlm.scaled_dot_product_attention: {name} is {type(x).__name__}, expected a Tensor"
+            )
         if x.layout != torch.strided or x.is_nested:
             raise error(f"{name} has layout {x.layout}, expected a dense torch.strided tensor")
         if x.dim() < 2:
             raise error(f"{name} has shape {tuple(x.shape)}, expected at least 2 dimensions (..., T, D)")
         if not x.is_floating_point():
-            raise TypeError(f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected a floating dtype")
+            raise TypeError(
+                f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected a floating dtype"
+            )
         if x.dtype != query.dtype:
             raise TypeError(
                 f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected {query.dtype} as query is"
@@ -51,7 +54,9 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         if x.device != query.device:
             raise error(f"{name} is on {x.device}, expected {query.device} as query is")
     if key.size(-1) != query.size(-1):
-        raise error(f"key has head size {key.size(-1)}, expected {query.size(-1)} (query is {tuple(query.shape)})")
+        raise error(
+            f"key has head size {key.size(-1)}, expected {query.size(-1)} (query is {tuple(query.shape)})"
+        )
     if value.size(-2) != key.size(-2):
         raise error(f"value has {value.size(-2)} rows, expected {key.size(-2)} (key is {tuple(key.shape)})")
 
@@ -122,9 +127,7 @@ def _four_dimensions(query, key, value, attn_mask, enable_gqa):
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not "
             f"broadcast over their leading dimensions{'' if enable_gqa else '; fewer key heads need enable_gqa=True'}"
         ) from None
-    q, k, v = (
-        x.expand(*shape, *x.shape[-2:]) for x, shape in zip((query, key, value), lead, strict=True)
-    )
+    q, k, v = (x.expand(*shape, *x.shape[-2:]) for x, shape in zip((query, key, value), lead, strict=True))
     shape = q.shape[:-1]
     B = math.prod(batch)
 
@@ -272,14 +275,27 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     else:
         out, lse = ops_attention.attention(
-            q, k, v, mask, alibi_slopes, sinks, seed, float(dropout_p), is_causal, *window_size, scale, float(softcap)
+            q,
+            k,
+            v,
+            mask,
+            alibi_slopes,
+            sinks,
+            seed,
+            float(dropout_p),
+            is_causal,
+            *window_size,
+            scale,
+            float(softcap),
         )
     if shape is not None:
         out, lse = out.reshape(*shape, v.size(-1)), lse.reshape(shape)
     return (out, lse) if return_lse else out
 
 
-def _check_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa, seqused_k, block_table, num_splits):
+def _check_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa, seqused_k, block_table, num_splits
+):
     name = "fastlm.varlen_attn"
     rank = 3 if block_table is None else 4
     for label, x, dims in (("query", query, 3), ("key", key, rank), ("value", value, rank)):
@@ -289,7 +305,9 @@ def _check_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gq
             form = "(T, H, D)" if dims == 3 else "(pages, page_size, H, D) with block_table"
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, expected {form}")
         if x.dtype != query.dtype or not x.is_floating_point():
-            raise TypeError(f"{name}: {label} is {x.dtype}, expected one floating dtype for query, key and value")
+            raise TypeError(
+                f"{name}: {label} is {x.dtype}, expected one floating dtype for query, key and value"
+            )
         if x.device != query.device:
             raise ValueError(f"{name}: {label} is on {x.device}, expected {query.device} as query is")
     if key.size(-1) != query.size(-1):
@@ -320,7 +338,9 @@ def _check_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gq
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: {label} is {x.dtype}, expected torch.int32")
         if tuple(x.shape) != expected or N < 0:
-            raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, expected {expected if N >= 0 else '(N + 1,)'}")
+            raise ValueError(
+                f"{name}: {label} has shape {tuple(x.shape)}, expected {expected if N >= 0 else '(N + 1,)'}"
+            )
     if block_table is not None and (block_table.dim() != 2 or block_table.size(0) != N):
         raise ValueError(f"{name}: block_table has shape {tuple(block_table.shape)}, expected ({N}, pages)")
     if num_splits is not None and num_splits < 0:

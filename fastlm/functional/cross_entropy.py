@@ -29,9 +29,7 @@ def _check_loss_options(
             f" ({reduction} is not a valid value for reduction)"
         )
     if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(
-            f"{name}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
-        )
+        raise RuntimeError(f"{name}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"{name}: z_loss is {z_loss}, expected a finite value >= 0")
     if not 0.0 <= softcap < math.inf:
@@ -89,8 +87,7 @@ def _check_target(
             raise RuntimeError(f"{name}: weight has dtype {weight.dtype}, expected a floating dtype")
         if weight.device != target.device:
             raise RuntimeError(
-                f"{name}: weight is on {weight.device} and target on {target.device},"
-                " expected one device"
+                f"{name}: weight is on {weight.device} and target on {target.device}, expected one device"
             )
     return probabilities
 
@@ -191,9 +188,7 @@ def cross_entropy(
             f"{name}: input is on {input.device} and target on {target.device}, expected one device"
         )
     autocast = autocast_is_on(input.device)
-    probabilities = _check_target(
-        name, "input", shape, dtype, target, weight, ignore_index, not autocast
-    )
+    probabilities = _check_target(name, "input", shape, dtype, target, weight, ignore_index, not autocast)
     unsupported = None
     if probabilities:
         if weight is not None:
@@ -235,9 +230,7 @@ def _check_linear(
     if len(x) not in (1, 2):
         raise RuntimeError(f"{name}: expected input with dimensionality 1 or 2, got shape {x}")
     if len(w) < 2:
-        raise RuntimeError(
-            f"{name}: expected linear_weight with dimensionality at least 2, got shape {w}"
-        )
+        raise RuntimeError(f"{name}: expected linear_weight with dimensionality at least 2, got shape {w}")
     if x[-1] != w[-1]:
         raise RuntimeError(
             f"{name}: expected equal input and linear_weight last dimensions (in_features),"
@@ -249,18 +242,14 @@ def _check_linear(
             f" (N, {w[-1]}), got unbatched input with shape {x}"
         )
     if linear_bias is not None and tuple(linear_bias.shape) != w[:-1]:
-        raise RuntimeError(
-            f"{name}: expected linear_bias shape {w[:-1]}, got {tuple(linear_bias.shape)}"
-        )
+        raise RuntimeError(f"{name}: expected linear_bias shape {w[:-1]}, got {tuple(linear_bias.shape)}")
     if not input.dtype.is_floating_point:
         raise RuntimeError(f"{name}: input has dtype {input.dtype}, expected a floating dtype")
     for what, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is None:
             continue
         if tensor.dtype != input.dtype and not autocast:
-            raise RuntimeError(
-                f"{name}: {what} has dtype {tensor.dtype}, expected {input.dtype} as input"
-            )
+            raise RuntimeError(f"{name}: {what} has dtype {tensor.dtype}, expected {input.dtype} as input")
         if tensor.device != input.device:
             raise RuntimeError(
                 f"{name}: {what} is on {tensor.device} and input on {input.device}, expected one device"
@@ -347,13 +336,9 @@ def linear_cross_entropy(
     autocast = autocast_is_on(device)
     logits = _check_linear(name, input, linear_weight, linear_bias, autocast)
     if target.device != device:
-        raise RuntimeError(
-            f"{name}: input is on {device} and target on {target.device}, expected one device"
-        )
+        raise RuntimeError(f"{name}: input is on {device} and target on {target.device}, expected one device")
     if ignore_index is not None and tuple(target.shape) == logits:
-        raise RuntimeError(
-            f"{name}: ignore_index cannot be specified when target contains probabilities"
-        )
+        raise RuntimeError(f"{name}: ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
     probabilities = _check_target(
         name, "the logits", logits, input.dtype, target, weight, ignore_index, not autocast

@@ -50,9 +50,13 @@ def _check_gru_tensors(function: str, tensors: list[tuple[str, Tensor]], like: T
         if not x.is_floating_point():
             raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected a floating dtype")
         if x.dtype != like.dtype and not casting:
-            raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected {like.dtype} as the input is")
+            raise RuntimeError(
+                f"fastlm.{function}: {name} is {x.dtype}, expected {like.dtype} as the input is"
+            )
         if x.device != like.device:
-            raise RuntimeError(f"fastlm.{function}: {name} is on {x.device}, expected {like.device} as the input is")
+            raise RuntimeError(
+                f"fastlm.{function}: {name} is on {x.device}, expected {like.device} as the input is"
+            )
 
 
 def _check_gru_weights(function: str, weights: list[tuple[str, Tensor]], I: int, H: int) -> None:
@@ -75,7 +79,11 @@ def _autocast(x: Tensor) -> torch.dtype | None:
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type not in ("cpu", "meta"):
+    if (
+        batch_sizes.dtype != torch.int64
+        or batch_sizes.dim() != 1
+        or batch_sizes.device.type not in ("cpu", "meta")
+    ):
         raise RuntimeError("fastlm.gru: batch_sizes must be an int64 vector on the CPU")
     symbolic = torch.compiler.is_compiling() or isinstance(batch_sizes, FakeTensor)
     if symbolic or batch_sizes.device.type == "meta":
@@ -86,7 +94,9 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
     if sizes[-1] <= 0 or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise RuntimeError(f"fastlm.gru: batch_sizes is {sizes}, expected positive sizes that never grow")
     if sum(sizes) != rows:
-        raise RuntimeError(f"fastlm.gru: batch_sizes adds up to {sum(sizes)}, expected the {rows} rows of data")
+        raise RuntimeError(
+            f"fastlm.gru: batch_sizes adds up to {sum(sizes)}, expected the {rows} rows of data"
+        )
     if sizes[0] != B:
         raise RuntimeError(f"fastlm.gru: hx has batch size {B}, expected {sizes[0]} (batch_sizes[0])")
 
@@ -233,9 +243,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
             )
     count = len(names) * D
     for layer in range(layers):
-        _check_gru_weights(
-            "gru", weights[layer * count : (layer + 1) * count], I if layer == 0 else D * H, H
-        )
+        _check_gru_weights("gru", weights[layer * count : (layer + 1) * count], I if layer == 0 else D * H, H)
     _check_gru_weights("gru", weights[layers * count :], I, H)
 
     output, hn = _run_gru(
@@ -293,7 +301,9 @@ def gru_cell(
             f"fastlm.gru_cell: hx has batch size {hx.shape[0]}, expected {input.shape[0]} as the input"
         )
     if hx.shape[1] < 1:
-        raise RuntimeError(f"fastlm.gru_cell: hx has shape {tuple(hx.shape)}, expected a hidden unit at least")
+        raise RuntimeError(
+            f"fastlm.gru_cell: hx has shape {tuple(hx.shape)}, expected a hidden unit at least"
+        )
     _check_gru_weights("gru_cell", weights, input.shape[1], hx.shape[1])
     return _run_gru(
         "gru_cell", reference.gru_cell_stack, (input, hx),

@@ -18,6 +18,4 @@ def from_pretrained(folder: str | os.PathLike) -> LanguageModel:
     for model in MODELS.values():
         if model_type in model.accepted_types():
             return model.from_pretrained(folder)
-    raise ValueError(
-        f"{folder}: holds a model of type {model_type!r}, expected one of {sorted(MODELS)}"
-    )
+    raise ValueError(f"{folder}: holds a model of type {model_type!r}, expected one of {sorted(MODELS)}")

@@ -59,8 +59,7 @@ class LanguageModel(nn.Module):
         config = read_config(folder)
         if config.get("model_type", cls.model_type) not in cls.accepted_types():
             raise ValueError(
-                f"{folder}: holds a model of type {config['model_type']!r}, "
-                f"expected {cls.model_type!r}"
+                f"{folder}: holds a model of type {config['model_type']!r}, expected {cls.model_type!r}"
             )
         model = cls(cls.config_from_dict(config))
         model.load_weights(Path(folder) / WEIGHTS)
@@ -84,9 +83,7 @@ class LanguageModel(nn.Module):
         except RuntimeError as error:
             first, *rest = (line.strip() for line in str(error).splitlines()[1:])
             more = f", and {len(rest)} more" if rest else ""
-            raise ValueError(
-                f"{path}: not a checkpoint of this model: {first[:200]}{more}"
-            ) from None
+            raise ValueError(f"{path}: not a checkpoint of this model: {first[:200]}{more}") from None
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -146,6 +143,5 @@ def check_tokens(name: str, idx: Tensor, targets: Tensor | None, limit: int | No
         raise ValueError(f"{name}: idx has {idx.shape[1]} tokens, the model's context is {limit}")
     if targets is not None and targets.shape != idx.shape:
         raise ValueError(
-            f"{name}: targets must have the shape of idx, {tuple(idx.shape)}, "
-            f"got {tuple(targets.shape)}"
+            f"{name}: targets must have the shape of idx, {tuple(idx.shape)}, got {tuple(targets.shape)}"
         )

@@ -66,9 +66,7 @@ class GPTConfig:
                 )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"GPTConfig: {name} must be in [0, 1), got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {getattr(self, name)!r}")
         choices = {
             "pos": ("learned", "rope"),
             "norm": ("layernorm", "rmsnorm"),
@@ -76,22 +74,17 @@ class GPTConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"GPTConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"GPTConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"GPTConfig: n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})"
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(
-                f"GPTConfig: n_head ({self.n_head}) must be a multiple of "
-                f"n_kv_head ({self.n_kv_head})"
+                f"GPTConfig: n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})"
             )
         if self.pos == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"GPTConfig: RoPE needs an even head size, got {self.n_embd // self.n_head}"
-            )
+            raise ValueError(f"GPTConfig: RoPE needs an even head size, got {self.n_embd // self.n_head}")
 
 
 class KVCache:
@@ -164,9 +157,7 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.n_kv_head = layer, config.n_head, config.n_kv_head
         self.head_size = config.n_embd // config.n_head
         self.attn_pdrop = config.attn_pdrop
-        self.c_attn = Conv1D(
-            config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, config.bias
-        )
+        self.c_attn = Conv1D(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_size, config.bias)
         self.c_proj = Conv1D(config.n_embd, config.n_embd, config.bias)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -320,9 +311,7 @@ class GPT(LanguageModel):
     def config_from_dict(cls, values: dict) -> GPTConfig:
         activation = values.get("activation_function", "gelu_new")
         if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(
-                f"GPT: activation_function {activation!r} isn't supported, only 'gelu_new'"
-            )
+            raise ValueError(f"GPT: activation_function {activation!r} isn't supported, only 'gelu_new'")
         for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if values.get(name):
                 raise ValueError(f"GPT: a config with {name} isn't supported")

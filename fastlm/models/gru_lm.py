@@ -41,9 +41,7 @@ class GRULMConfig:
                 )
         for name in ("dropout", "zoneout", "recurrent_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"GRULMConfig: {name} must be in [0, 1), got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"GRULMConfig: {name} must be in [0, 1), got {getattr(self, name)!r}")
         if self.tie_word_embeddings and self.n_embd != self.n_hidden:
             raise ValueError(
                 "GRULMConfig: tie_word_embeddings needs n_embd == n_hidden, "

@@ -132,17 +132,18 @@ def reference_backward(function, inputs, needs_grad, grad_outputs):
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [
-            (y, g)
-            for y, g in zip(outputs, grad_outputs, strict=True)
-            if g is not None and y.requires_grad
+            (y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad
         ]
         wanted = [x for x, need in zip(inputs, needs_grad, strict=True) if need]
         if not pairs or not wanted:
             return tuple(None for _ in inputs)
         grads = iter(
             torch.autograd.grad(
-                [y for y, _ in pairs], wanted, [g for _, g in pairs],
-                create_graph=True, allow_unused=True,
+                [y for y, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=True,
+                allow_unused=True,
             )  # fmt: skip
         )
     return tuple(next(grads) if need else None for need in needs_grad)

@@ -32,7 +32,9 @@ def _empty_as(like: Tensor, D: int) -> Tensor:
 
 
 @torch.library.register_fake("fastlm::attention_forward")
-def _(query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, left, right, scale, softcap):
+def _(
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, left, right, scale, softcap
+):
     lse = query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
     return _empty_as(query, value.size(-1)), lse
 
@@ -124,7 +126,9 @@ def _varlen_gradients(ctx, dout, dlse):
                 scale=scale, window_size=(left, right), enable_gqa=query.size(1) != key.size(1),
             )  # fmt: skip
 
-        return reference_backward(formula, (query, key, value), ctx.needs_input_grad[:3], (dout, dlse)) + nones
+        return (
+            reference_backward(formula, (query, key, value), ctx.needs_input_grad[:3], (dout, dlse)) + nones
+        )
     if dout is None:
         dout = torch.zeros_like(out)
     grads = _varlen_backward(

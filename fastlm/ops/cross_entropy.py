@@ -50,9 +50,7 @@ def _(
     full_precision, gradient,
 ):  # fmt: skip
     shape, compute = token_shape(input.shape), compute_dtype(input.dtype)
-    loss = input.new_empty(
-        [] if reduction else shape, dtype=compute if full_precision else input.dtype
-    )
+    loss = input.new_empty([] if reduction else shape, dtype=compute if full_precision else input.dtype)
     lse = input.new_empty(shape, dtype=compute)
     dinput = torch.empty_like(input) if gradient else input.new_empty(0)
     return loss, lse, torch.empty_like(lse), dinput
@@ -181,14 +179,9 @@ def cross_entropy(
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         # float16: the gradients of a mean underflow unless the loss scale is in them from the start.
         fused = (
-            reduction != 0
-            and not return_lse
-            and not target.requires_grad
-            and input.dtype != torch.float16
+            reduction != 0 and not return_lse and not target.requires_grad and input.dtype != torch.float16
         )
-        return _CrossEntropy.apply(
-            input, target, weight, return_lse, full_precision, fused, options
-        )
+        return _CrossEntropy.apply(input, target, weight, return_lse, full_precision, fused, options)
     with _below_autograd():
         loss, lse, *_ = _forward(input, target, weight, *options, return_lse, full_precision, False)
     return (loss, lse) if return_lse else loss
@@ -228,9 +221,7 @@ def _(
 ):  # fmt: skip
     shape = [*input.shape[:-1], *linear_weight.shape[1:-1]]
     compute = compute_dtype(input.dtype)
-    loss = input.new_empty(
-        [] if reduction else shape, dtype=compute if full_precision else input.dtype
-    )
+    loss = input.new_empty([] if reduction else shape, dtype=compute if full_precision else input.dtype)
     lse = input.new_empty(shape, dtype=compute)
     return loss, lse, torch.empty_like(lse), *_empty_gradients((input, linear_weight, linear_bias), wanted)
 
@@ -268,8 +259,7 @@ def _linear_gradients(ctx, dloss, dlse, needed):
     if dloss is None:
         dloss = lse.new_zeros([] if reduction else lse.shape)
     grads = _linear_backward_op(
-        dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, *ctx.options,
-        *needed
+        dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, *ctx.options, *needed
     )
     return [g if need else None for g, need in zip(grads, needed, strict=True)]
 

@@ -106,18 +106,14 @@ def _library_backward(ctx, dout, dhn, *unused):
     return dx, None, dhx, dw, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastlm::gru_layer", _library_backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastlm::gru_layer", _library_backward, setup_context=_setup_context)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights):
         with _below_autograd():
-            output = _forward(
-                input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, True
-            )
+            output = _forward(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, True)
         _save(ctx, input, batch_sizes, hx, update, weights, (has_biases, layer_norm, zoneout), output)
         return output[:2]
 
@@ -140,16 +136,10 @@ def gru_layer(
 ) -> tuple[Tensor, Tensor]:
     """Output and last states of one layer, differentiable; see the head of this file."""
     if under_transform(input, hx, *weights):
-        return reference.gru_layer(
-            input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout
-        )
+        return reference.gru_layer(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout)
     save = torch.is_grad_enabled() and (
         input.requires_grad or hx.requires_grad or any(w.requires_grad for w in weights)
     )
     if save and not torch.compiler.is_compiling():
-        return _Layer.apply(
-            input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights
-        )
-    return _forward(
-        input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save
-    )[:2]
+        return _Layer.apply(input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights)
+    return _forward(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)[:2]
