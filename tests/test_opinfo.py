@@ -151,8 +151,12 @@ def test_operator_errors(op):
 
 
 def module_samples(info, dtype, training):
+    """At most about 80: LinearCrossEntropyLoss has the product of all of its options, 857."""
     torch.manual_seed(0)
-    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    found = list(
+        info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+    )
+    return found[:: max(1, len(found) // 80)]
 
 
 def build(module_class, sample, dtype, training):
