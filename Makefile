@@ -1,7 +1,7 @@
 # make train [ARGS="--model gru"]   train a language model on this machine's Python sources
-# make test [ARGS="-k attention"]   run the tests
+# make test [ARGS="-k attention"]   run the tests, and the kernels under the sanitizers
 # make bench [ARGS=...]             run the benchmarks
-# make sanitize                     kernel bodies under the address, undefined and thread sanitizers
+# make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
 # Each sets up .venv and builds the extension first where that has not been done.
 PYTHON ?= python3
@@ -33,8 +33,9 @@ train test: export GOMP_SPINCOUNT ?= 1000
 train: setup
 	$(PY) -m fastlm train $(ARGS)
 
-test: setup sanitize
-	$(PY) -m pytest -n 2 tests $(ARGS)
+test: setup
+	$(PY) -m pytest -n 2 --dist worksteal tests $(ARGS)
+	$(PY) tests/native/run.py
 
 bench: setup
 	$(PY) -m fastlm bench $(ARGS)

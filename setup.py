@@ -1,7 +1,7 @@
 """Builds fastlm/libfastlm.so with ninja: one object per source, the CPU kernels once per instruction set.
 
 Environment: CXX (compiler), CXXFLAGS and LDFLAGS (appended), MAX_JOBS, FASTLM_ISAS (comma-separated
-instruction sets to build; default: all of this architecture).
+instruction sets to build; default: all of this architecture), FASTLM_BUILD (folder of the objects).
 """
 
 import os
@@ -107,7 +107,8 @@ class Build(build_ext):
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
+        # One folder for every way to build, editable and isolated ones too: nothing is compiled twice.
+        build = Path(os.environ.get("FASTLM_BUILD") or ROOT / "build" / "ninja").resolve()
         build.mkdir(parents=True, exist_ok=True)
         script = self.ninja_script(output)
         path = build / "build.ninja"

@@ -87,8 +87,9 @@ def check_operators(kind):
         "CXXFLAGS": flags + (" -DFASTLM_OWN_THREADS" if kind == "thread" else ""),
         "LDFLAGS": SANITIZERS[kind],
         "FASTLM_ISAS": widest(),
+        "FASTLM_BUILD": str(folder),
     }
-    build = ["setup.py", "--quiet", "build_ext", f"--build-temp={folder}", f"--build-lib={folder}"]
+    build = ["setup.py", "--quiet", "build_ext", f"--build-lib={folder}"]
     subprocess.run([sys.executable, *build], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     names = ("libasan.so", "libubsan.so") if kind == "address" else ("libtsan.so",)
     preload = [
