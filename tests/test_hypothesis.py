@@ -31,7 +31,7 @@ def check(name: str, isa: str, dtype: torch.dtype, build, eager: bool = True) ->
     before = fastlm._C.isa()
     fastlm._C.set_isa(isa)
     try:
-        compare(OPERATORS[name], Case("generated", build, eager=eager), dtype)
+        compare(OPERATORS[name], Case("generated", build, eager=eager), dtype, generated=True)
     finally:
         fastlm._C.set_isa(before)
 
