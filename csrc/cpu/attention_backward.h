@@ -117,7 +117,7 @@ BackwardScratch<S> backward_block(const AttentionParams& p, const AttentionItem&
     x.delta[r] = p.delta_given ? delta[at] : reduce_add(sum) - (p.dlse ? static_cast<const T*>(p.dlse)[at] : T(0));
     // A row without any key has lse -inf and weights 0.
     x.lse[r] = lse == -T(__builtin_inf()) ? T(__builtin_inf()) : lse;
-    if (delta) delta[at] = x.delta[r];
+    if (delta && !p.delta_given) delta[at] = x.delta[r];
   }
   for (int64_t r = rows.n; r < W; ++r) {
     x.lse[r] = T(__builtin_inf());
