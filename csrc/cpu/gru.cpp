@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_layer(
   Tensor out = call.packed ? new_tensor({p.N, p.D * p.H}, s) : new_tensor({p.T, p.B, p.D * p.H}, s);
   Tensor hn = new_tensor({p.D, p.B, p.H}, s);
   const bool norms = save && layer_norm;
-  Tensor gates = new_tensor({save ? p.D : 0, p.N, 4 * p.H}, s);
+  Tensor gates = new_tensor({save ? p.D : 0, p.N, 4 * p.H}, compute_type(s));
   Tensor normed = new_tensor({norms ? p.D : 0, p.N, 6 * p.H}, compute_type(s));
   Tensor rstd = new_tensor({norms ? p.D : 0, p.N, 2}, compute_type(s));
   p.out = out.mutable_data_ptr();
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_layer_backward(
   };
   const int64_t rows = p.D * p.N;
   same(out, rows * p.H, s, "output");
-  same(kept, rows * 4 * p.H, s, "gates");
+  same(kept, rows * 4 * p.H, compute_type(s), "gates");
   if (dout) same(*dout, rows * p.H, s, "grad_output");
   if (dhn) same(*dhn, p.D * p.B * p.H, s, "grad_hn");
   if (layer_norm) {

@@ -40,7 +40,7 @@ struct GruParams {
   const void* update;  // S[N][D H], u, or null
   void* out;           // S[N][D H]
   void* hn;            // S[D][B][H]
-  void* gates;         // S[D][N][4H] r z n q, or null when no backward follows
+  void* gates;         // F[D][N][4H] r z n q, or null when no backward follows
   void* normed;        // F[D][N][6H] x W and h W normalised, before their gains, or null
   void* rstd;          // F[D][N][2], or null
   void* workspace;

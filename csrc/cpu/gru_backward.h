@@ -178,7 +178,7 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
   const Vec<F> one = splat(F(1));
   for (int64_t b = b0; b < end; ++b) {
     const int64_t row = p.offsets[t] + b;
-    const S* kept = static_cast<const S*>(p.gates) + (d * p.N + row) * 4 * H;
+    const F* kept = static_cast<const F*>(p.gates) + (d * p.N + row) * 4 * H;
     const S* before = previous_state(d, t, b);
     const S* dout = g.dout ? static_cast<const S*>(g.dout) + row * ldout + d * H : nullptr;
     const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H : nullptr;

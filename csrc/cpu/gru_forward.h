@@ -20,7 +20,7 @@ template <class F> struct ForwardSpace {
   int64_t* bounds;     // [tiles + 1]
   Counter* counters;
 
-  ForwardSpace(const GruParams& p, bool share_gates, Arena& arena) {
+  ForwardSpace(const GruParams& p, Arena& arena) {
     blocks = ceil_div<int64_t>(p.H, kLanes<F>);
     ldh = padded<F>(p.H);
     ldraw = padded<F>(blocks * kPanel<F>);
@@ -28,7 +28,7 @@ template <class F> struct ForwardSpace {
     const bool norm = p.weights[0].g_hh;
     weights = arena.take<F>(p.D * blocks * p.H * kPanel<F>);
     state = arena.take<F>(p.D * 2 * p.B * ldh);
-    products = arena.take<F>(share_gates ? 0 : p.D * p.N * 3 * p.H);
+    products = arena.take<F>(p.gates ? 0 : p.D * p.N * 3 * p.H);
     raw = arena.take<F>(norm ? p.D * p.B * ldraw : 0);
     bias = arena.take<F>(p.D * 2 * (3 * p.H + kLanes<F>));
     gain = arena.take<F>(norm ? p.D * 2 * (3 * p.H + kLanes<F>) : 0);
@@ -38,14 +38,9 @@ template <class F> struct ForwardSpace {
   }
 };
 
-// The gates' memory takes x W + b first, and each value is overwritten by its gate.
-template <class S> FASTLM_INLINE bool shares_gates(const GruParams& p) {
-  return sizeof(S) == sizeof(compute_t<S>) && p.gates;
-}
-
 template <class S> int64_t forward_workspace(const GruParams& p) {
   Arena arena{nullptr};
-  ForwardSpace<compute_t<S>>(p, shares_gates<S>(p), arena);
+  ForwardSpace<compute_t<S>>(p, arena);
   return arena.used;
 }
 
@@ -74,14 +69,15 @@ template <class S> struct Forward {
   const GruParams& p;
   const ForwardSpace<F>& space;
   int64_t lanes3 = 3 * p.H + kL;  // of bias and gain
-  int64_t ldx = shares_gates<S>(p) ? 4 * p.H : 3 * p.H;
+  int64_t ldx = p.gates ? 4 * p.H : 3 * p.H;  // of products
 
   F* state(int64_t d, int64_t s) const { return space.state + (d * 2 + (s & 1)) * p.B * space.ldh; }
   F* bias(int64_t d, int which) const { return space.bias + (d * 2 + which) * lanes3; }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * lanes3; }
-  S* gates(int64_t d) const { return static_cast<S*>(p.gates) + d * p.N * 4 * p.H; }
+  F* gates(int64_t d) const { return static_cast<F*>(p.gates) + d * p.N * 4 * p.H; }
+  // The gates' memory takes x W + b first, and each value is overwritten by its gate.
   F* products(int64_t d) const {
-    if (shares_gates<S>(p)) return reinterpret_cast<F*>(gates(d));
+    if (p.gates) return gates(d);
     return space.products + d * p.N * 3 * p.H;
   }
   F* normed(int64_t d) const { return static_cast<F*>(p.normed) + d * p.N * 6 * p.H; }
@@ -170,7 +166,7 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, con
                             const F* h, F* next) const {
   const int64_t H = p.H, i = u * kL, ldout = p.D * H;
   const F* x = products(d) + row * ldx + i;
-  S* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
+  F* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
   S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
   const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H + i : nullptr;
   const bool zoneout = p.update || p.zoneout != 0;
@@ -191,7 +187,7 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, con
       store(next + m * space.ldh + i, hidden);
       put<F>(out + m * ldout, hidden, w);
       if (gate) {
-        S* g = gate + m * 4 * H;
+        F* g = gate + m * 4 * H;
         put<F>(g, r, w);
         put<F>(g + H, z, w);
         put<F>(g + 2 * H, n, w);
@@ -286,7 +282,7 @@ template <class S> void Forward<S>::run() const {
 
 template <class S> void forward(const GruParams& p) {
   Arena arena{static_cast<char*>(p.workspace)};
-  const ForwardSpace<compute_t<S>> space(p, shares_gates<S>(p), arena);
+  const ForwardSpace<compute_t<S>> space(p, arena);
   Forward<S>{p, space}.run();
 }
 

@@ -9,7 +9,7 @@ fastlm::gru_layer(input, batch_sizes, hx, weights, has_biases, layer_norm, updat
     update       (N, D * H), what zoneout leaves of each unit's change (0 keeps the old state), or None:
                  then 1 - zoneout everywhere
     -> output (T, B, D * H) or (N, D * H), hn (D, B, H), and what the backward takes, empty unless
-       `save`: gates (D, N, 4H), normed (D, N, 6H) and rstd (D, N, 2) in the compute dtype
+       `save`, in the compute dtype: gates (D, N, 4H), normed (D, N, 6H) and rstd (D, N, 2)
 fastlm::gru_layer_backward(grad_output, grad_hn, ...) -> (grad_input, grad_hx, grad_weights)
     grad_output and grad_hn may be None; grad_input and grad_weights are empty unless wanted
 """
@@ -37,7 +37,7 @@ def _(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, 
     return (
         input.new_empty((*rows, D * H)),
         input.new_empty((D, B, H)),
-        input.new_empty((D if save else 0, N, 4 * H)),
+        input.new_empty((D if save else 0, N, 4 * H), dtype=compute),
         input.new_empty((norms, N, 6 * H), dtype=compute),
         input.new_empty((norms, N, 2), dtype=compute),
     )
