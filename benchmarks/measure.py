@@ -30,6 +30,7 @@ from fastlm import _C
 
 SHORTEST_ROUND = 1e-3  # seconds; shorter calls are repeated within a round
 MOST_ROUNDS = 100
+SLOW = 10.0  # seconds; a call that takes longer is not made again: the one that was checked is its figure
 
 # Norm of the error over the norm of the truth, for outputs and gradients. A plausibility check
 # that the right thing is timed; how accurate each kernel is, the tests say.
@@ -115,6 +116,9 @@ def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> li
             timing.problem = check(call, truth, workload.dtype)
             if timing.problem is None:
                 calls[name], warm[name] = call, time.perf_counter() - start
+        for name in [name for name in calls if warm[name] > SLOW]:
+            timings[name].seconds = [warm[name]]
+            del calls[name]
         for name, times in interleave(calls, warm, seconds).items():
             timings[name].seconds = times
         dtype = str(workload.dtype).removeprefix("torch.")
@@ -125,7 +129,7 @@ def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> li
             (m.kind, name)
             for m in measured
             for name, timing in m.contenders.items()
-            if timing.seconds and name != COMPILED  # it would compile once more for each
+            if timing.seconds and timing.median <= SLOW and name != COMPILED  # which would compile again
         ]
         found = peak_memory(workload, problem.shapes, tasks)
         for m in measured:

@@ -457,7 +457,7 @@ template <class S> struct LinearCrossEntropy {
     }
   }
 
-  // dX^T[d] += sum over the tile of W[v][d] g[v], W packed in blocks of kMR values of d.
+  // dX^T[d] += sum over the tile of W[v][d] g[v], W packed in panels of kMR values of d.
   void add_input_gradient(int64_t tile, const T* g, const Local& l, T* out, bool first) const {
     const int64_t M = rows(tile), v0 = tile * kRows;
     T* const row = l.packed + kRows * round_up<int64_t>(p.D, 16);
@@ -472,13 +472,10 @@ template <class S> struct LinearCrossEntropy {
     }
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       const int64_t w = panel_width(panel);
-      for (int64_t d = 0; d < p.D; d += kMR) {
-        const int64_t m = least<int64_t>(kMR, p.D - d);
-        const T *a = l.packed + d * M, *b = g + panel * kNR;
-        T* const c = out + d * width() + panel * kNR;
-        if (first) matmul<Mul, kColMajor, kOverwrite>(m, w, M, a, kMR, b, width(), c, width());
-        else matmul<Mul, kColMajor, kAccumulate>(m, w, M, a, kMR, b, width(), c, width());
-      }
+      const T* b = g + panel * kNR;
+      T* const c = out + panel * kNR;
+      if (first) matmul<Mul, kPanels, kOverwrite>(p.D, w, M, l.packed, M, b, width(), c, width());
+      else matmul<Mul, kPanels, kAccumulate>(p.D, w, M, l.packed, M, b, width(), c, width());
     }
   }
 
