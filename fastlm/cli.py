@@ -376,7 +376,7 @@ def info() -> None:
     import fastlm
     from fastlm import _C, ops
 
-    missing = ops.missing_backends()
+    missing, notes = ops.missing_backends(), ops.backend_notes()
     rows = {
         "fastlm": fastlm.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -386,7 +386,7 @@ def info() -> None:
         f"built in: {', '.join(_C.built_isas())})",
     }
     rows |= {
-        f"backend {name}": f"missing: {missing[name]}" if name in missing else "available"
+        f"backend {name}": f"missing: {missing[name]}" if name in missing else notes[name]
         for name in ops.BACKENDS
     }
     for name, value in rows.items():
