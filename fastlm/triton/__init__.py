@@ -18,7 +18,12 @@ from collections.abc import Callable
 import torch
 
 # Operator -> the module of this package that has it.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "cross_entropy": "cross_entropy",
+    "cross_entropy_backward": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "linear_cross_entropy_backward": "linear_cross_entropy",
+}
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 

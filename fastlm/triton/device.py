@@ -25,6 +25,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in another floating dtype, rounded to nearest, as conversions on a GPU are."""
+    # The interpreter cuts the bits off that bfloat16 lacks, which is up to twice as far away.
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, up, x.to(tl.float32))
+    return x.to(dtype)
+
+
+@triton.jit
 def tanh(x):
     """tanh in float32 (2 ulp or so) or float64: a ratio of exponentials, near 0 in float32 its series."""
     size = tl.abs(x)
