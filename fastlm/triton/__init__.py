@@ -19,6 +19,10 @@ import torch
 
 # Operator -> the module of this package that has it.
 MODULES: dict[str, str] = {
+    "attention_forward": "attention_forward",
+    "attention_backward": "attention_backward",
+    "varlen_attention_forward": "attention_forward",
+    "varlen_attention_backward": "attention_backward",
     "cross_entropy": "cross_entropy",
     "cross_entropy_backward": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",

@@ -16,7 +16,15 @@ from fastlm.ops.cross_entropy import token_shape
 from fastlm.triton.device import narrow
 from fastlm.triton.launch import Config, Kernel, cdiv, next_power_of_2
 from fastlm.triton.token_loss import (
-    NONE, Loss, capped, coefficients, finite, logits_gradient, read_loss, smoothed, store_token,
+    NONE,
+    Loss,
+    capped,
+    coefficients,
+    finite,
+    logits_gradient,
+    read_loss,
+    smoothed,
+    store_token,
 )  # fmt: skip
 
 

@@ -14,25 +14,38 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in another floating dtype, rounded to nearest, as conversions on a GPU are."""
+    # The interpreter cuts the bits off that bfloat16 lacks, which is up to twice as far away.
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        x = x.to(dtype)
+    return x
+
+
+@triton.jit
+def widen(x):
+    """bfloat16 as float32; quicker in the interpreter than its own."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, the sums in acc's type. PRECISION: of float32 operands, see launch.dot_precision."""
     # The interpreter has no product of bfloat16; in float32 it is the tensor cores' exact one.
     if INTERPRETED and a.dtype == tl.bfloat16:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee", out_dtype=acc.dtype)
+        acc = tl.dot(widen(a), widen(b), acc, input_precision="ieee", out_dtype=acc.dtype)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """x in another floating dtype, rounded to nearest, as conversions on a GPU are."""
-    # The interpreter cuts the bits off that bfloat16 lacks, which is up to twice as far away.
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, up, x.to(tl.float32))
-    return x.to(dtype)
 
 
 @triton.jit
@@ -50,14 +63,14 @@ def tanh(x):
 
 
 @triton.jit
-def random_words(seed, rows, columns, head, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def random_words(seed, rows, columns, heads, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Random 32-bit words (ROWS, COLUMNS) as in reference.dropout_keep.
 
-    rows: (ROWS,) any integers below 2^32. columns: (COLUMNS // 4,) a quarter of the first column of four.
+    rows, heads: (ROWS,). columns: (COLUMNS // 4,), the index of a column by 4.
     """
     c0 = tl.broadcast_to(columns[None, :], (ROWS, COLUMNS // 4)).to(tl.uint32)
     c1 = tl.broadcast_to(rows[:, None], (ROWS, COLUMNS // 4)).to(tl.uint32)
-    zeros = c0 * 0
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zeros + head.to(tl.uint32), zeros)
+    c2 = tl.broadcast_to(heads[:, None], (ROWS, COLUMNS // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c0 * 0)
     # join makes a new last axis: (w0, w2) beside (w1, w3) reads w0, w1, w2, w3 when flattened.
     return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, COLUMNS)

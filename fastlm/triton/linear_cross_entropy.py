@@ -24,7 +24,15 @@ from fastlm.triton.device import narrow
 from fastlm.triton.launch import Config, Kernel, cdiv, current_target, dot_precision
 from fastlm.triton.matmul import matmul, matrix_configs, product, tile_of
 from fastlm.triton.token_loss import (
-    NONE, Loss, capped, coefficients, finite, logits_gradient, read_loss, smoothed, store_token,
+    NONE,
+    Loss,
+    capped,
+    coefficients,
+    finite,
+    logits_gradient,
+    read_loss,
+    smoothed,
+    store_token,
 )  # fmt: skip
 
 SCRATCH = 128 << 20  # bytes of G at most, if a chunk of 256 classes fits
