@@ -27,6 +27,8 @@ MODULES: dict[str, str] = {
     "cross_entropy_backward": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "linear_cross_entropy_backward": "linear_cross_entropy",
+    "gru_layer": "gru",
+    "gru_layer_backward": "gru",
 }
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -32,7 +32,7 @@ from fastlm.triton.token_loss import (
 def _cross_entropy_kernel(
     x, target, weight, weight_sum, scale, dloss, dlse, loss, lse, low, dx, dtarget, C, S,
     x_n, x_c, x_s, q_n, q_c, q_s, dx_n, dx_c, dx_s, dq_n, dq_c, dq_s,
-    ignore_index, smoothing: "fp64", z_loss: "fp64", softcap: "fp64",
+    ignore_index, smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64,
     FORWARD: tl.constexpr, LSE_EVERYWHERE: tl.constexpr, INDICES: tl.constexpr,
     SMOOTHING: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, CLASSES: tl.constexpr,

@@ -67,7 +67,7 @@ def _logits_tile(
 @triton.jit
 def _segments_kernel(
     x, w, b, target, weight, partial, N, C, D, S, span, x_n, x_d, w_c, w_s, w_d, b_c, b_s, q_n, q_c, q_s,
-    ignore_index, smoothing: "fp64", softcap: "fp64", INDICES: tl.constexpr, SMOOTHING: tl.constexpr,
+    ignore_index, smoothing: tl.float64, softcap: tl.float64, INDICES: tl.constexpr, SMOOTHING: tl.constexpr,
     CAPPED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial (5, segments, N * S): maximum, sum of exponentials, logit of the target, mass, dot."""
@@ -107,7 +107,7 @@ def _segments_kernel(
                 share = share * tl.load(weight + c, c < C, 0)[None, :]
             dot += mass * (finite(old) - new) + tl.sum(tl.where(used, share * (v - new[:, None]), 0), 1)
             mass += tl.sum(share, 1)
-    count = N.to(tl.int64) * S
+    count = tl.cast(N, tl.int64) * S
     segments = tl.num_programs(0) // blocks
     at = partial + segment * count + i
     step = segments * count
@@ -122,8 +122,8 @@ def _segments_kernel(
 
 @triton.jit
 def _join_kernel(
-    partial, target, weight, loss, lse, low, count, segments, C, ignore_index, smoothing: "fp64",
-    z_loss: "fp64", INDICES: tl.constexpr, SMOOTHING: tl.constexpr, TOKENS: tl.constexpr,
+    partial, target, weight, loss, lse, low, count, segments, C, ignore_index, smoothing: tl.float64,
+    z_loss: tl.float64, INDICES: tl.constexpr, SMOOTHING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = partial.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -178,7 +178,7 @@ def _join_kernel(
 def _gradient_kernel(
     x, w, b, target, weight, weight_sum, mass, scale, dloss, dlse, lse, low, g,
     N, C, D, S, head, start, width, x_n, x_d, w_c, w_d, b_c, q_n, q_c, g_n,
-    ignore_index, smoothing: "fp64", z_loss: "fp64", softcap: "fp64", INDICES: tl.constexpr,
+    ignore_index, smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, INDICES: tl.constexpr,
     SMOOTHING: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -247,12 +247,12 @@ def _gradient_kernel(
 
 @triton.jit
 def _mass_kernel(
-    q, weight, mass, N, C, S, q_n, q_c, q_s, smoothing: "fp64", TOKENS: tl.constexpr, CLASSES: tl.constexpr
+    q, weight, mass, N, C, S, q_n, q_c, q_s, smoothing: tl.float64, TOKENS: tl.constexpr, CLASSES: tl.constexpr
 ):  # fmt: skip
     """mass (N * S) = sum_c w_c q'_c."""
     T: tl.constexpr = mass.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = i < N.to(tl.int64) * S
+    inside = i < tl.cast(N, tl.int64) * S
     q += ((i // S) * q_n + (i % S) * q_s)[:, None]
     sums = tl.zeros([TOKENS], T)
     for first in range(0, C, CLASSES):
