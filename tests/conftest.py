@@ -42,8 +42,27 @@ def threads(request, restore_threads):
     return request.param
 
 
+_patched = set()
+
+
+def _patch_helpers_once(monkeypatch):
+    """The interpreter searches all of triton.language for what to replace at each call of a helper, for a
+    millisecond: once for each helper is enough, since it never takes that back."""
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        if self.fn not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
 @pytest.fixture
-def triton_device():
+def triton_device(monkeypatch):
     """Runs the test on the Triton kernels; gives the device that they take tensors of."""
+    if fastlm.triton.INTERPRETING:
+        _patch_helpers_once(monkeypatch)
     with fastlm.use_backend("triton"):
         yield torch.device(fastlm.triton.devices()[0])
