@@ -69,7 +69,7 @@ def devices() -> tuple[str, ...]:
     return ("cpu",)
 
 
-def refuses(function: str, dtype: torch.dtype) -> str | None:
+def refuses(function: str, tensor: torch.Tensor) -> str | None:
     return None
 
 

@@ -21,7 +21,7 @@ KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #   missing()                 why it can serve no call here, or None
 #   note()                    a few words for `fastlm info`
 #   devices()                 types of the devices whose tensors it takes in this process
-#   refuses(function, dtype)  why it has no kernel for such a call, or None
+#   refuses(function, tensor) why it has no kernel for a call whose main input this is, or None
 #   MODULES, kernel(name)     its operators, and the function behind one; a family that registers its
 #                             operators itself, as the compiled library does, has neither
 # and adding a family is one entry here.
@@ -142,7 +142,7 @@ def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None 
         elif dtype not in KERNEL_DTYPES:
             reason = f"no kernel for {dtype}"
         else:
-            reason = FAMILIES[name].refuses(function, dtype)
+            reason = FAMILIES[name].refuses(function, tensor)
     if reason is None:
         return name
     if _forced is None:

@@ -31,6 +31,7 @@ MODULES: dict[str, str] = {
     "gru_layer_backward": "gru",
 }
 
+LARGEST_HEAD = 512
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -55,9 +56,12 @@ def note() -> str:
     return f"Triton {version}" + (", interpreted on the CPU" if INTERPRETING else "")
 
 
-def refuses(function: str, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64 and function in ("scaled_dot_product_attention", "varlen_attn"):
-        return "no kernel for torch.float64: its products have no tensor cores to run on"
+def refuses(function: str, tensor: torch.Tensor) -> str | None:
+    if function in ("scaled_dot_product_attention", "varlen_attn"):
+        if tensor.dtype == torch.float64:
+            return "no kernel for torch.float64: its products have no tensor cores to run on"
+        if tensor.size(-1) > LARGEST_HEAD:
+            return f"no kernel for head size {tensor.size(-1)}, Triton's have at most {LARGEST_HEAD}"
     return None
 
 

@@ -20,7 +20,6 @@ from fastlm.triton.device import LOG2E, narrow, random_words, tanh, widen
 from fastlm.triton.launch import Target, current_target, dot_precision, next_power_of_2
 
 UNBOUNDED = 1 << 30
-LARGEST_HEAD = 512
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
@@ -205,10 +204,6 @@ class Call:
         self.q, self.k, self.v = rows_close(query), rows_close(key), rows_close(value)
         self.packed, self.paged = cu_q is not None, table is not None
         self.D, self.DV = query.size(-1), value.size(-1)
-        if max(self.D, self.DV) > LARGEST_HEAD:
-            raise ValueError(
-                f"fastlm::attention: head sizes {self.D} and {self.DV}, Triton's kernels have at most {LARGEST_HEAD}"
-            )
         if self.packed:
             self.B = cu_q.numel() - 1
             self.Tq, self.Hq = query.shape[:2]

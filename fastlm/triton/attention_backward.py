@@ -422,7 +422,9 @@ def _attention_dmask(
 # ---- configurations ------------------------------------------------------------------------
 
 
-def _configs(target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, **_) -> list[Config]:
+def _configs(
+    target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, MASK, SOFTCAP, DROPOUT, **_
+) -> list[Config]:
     """For dK and dV: rows M stream past keys N."""
 
     def config(M, N, warps, stages):
@@ -433,11 +435,15 @@ def _configs(target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, **_) -> l
     size = max(BLOCK_D, BLOCK_DV)
     if dtype == torch.float32:
         return [config(32, 32, 4, 1)]
-    if size > 128:
-        return [config(32, 32, 8, 1)]
+    if size > 128:  # of AMD's registers, 8 waves have half as many each
+        return [config(32, 32, 4 if target.kind == "hip" else 8, 1)]
     if target.kind == "hip":
         return [config(32, 64, 4, 1)]
-    return [config(64, 128, 8, 2), config(32, 64, 4, 2)] if size <= 64 else [config(32, 64, 8, 2)]
+    if size > 64:
+        return [config(32, 64, 8, 2)]
+    if MASK or SOFTCAP or DROPOUT:  # these need registers
+        return [config(32, 64, 8 if DROPOUT else 4, 2)]
+    return [config(64, 128, 8, 2), config(32, 64, 4, 2)]
 
 
 def _dq_configs(target, dtype, **constants) -> list[Config]:

@@ -214,7 +214,9 @@ def _attention_combine(
 # ---- configurations ------------------------------------------------------------------------
 
 
-def _forward_configs(target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, ROWS, **_) -> list[Config]:
+def _forward_configs(
+    target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, ROWS, MASK, SOFTCAP, DROPOUT, **_
+) -> list[Config]:
     def config(M, N, warps, stages):
         return Config({"BLOCK_M": min(M, ROWS) if ROWS else M, "BLOCK_N": N}, warps, stages)
 
@@ -229,11 +231,15 @@ def _forward_configs(target: Target, dtype: torch.dtype, *, BLOCK_D, BLOCK_DV, R
         return [config(64, 64 if size <= 128 else 32, 4, 2 if target.kind == "hip" else 3)]
     if target.kind == "hip":
         return [config(128, 64, 4, 1)] if size <= 128 else [config(64, 32, 4, 1)]
+    if MASK or SOFTCAP or DROPOUT:  # these need registers
+        return [config(64, 32, 4, 2)]
     if size <= 64:
         return [config(128, 64, 4, 3), config(128, 128, 8, 3)]
     if size <= 128:
-        return [config(128, 64, 8 if target.arch == 90 else 4, 3), config(64, 64, 4, 2)]
-    return [config(64, 32, 4, 2), config(128, 32, 8, 2)]
+        return [config(128, 64, 8, 3), config(64, 32, 4, 3)]
+    if target.arch in (90, 100):
+        return [config(64, 32, 4, 2), config(128, 32, 8, 2)]
+    return [config(64, 32, 8, 2)]  # of sums in registers, as mma has them
 
 
 _forward = Kernel(_attention_forward, _forward_configs)

@@ -144,8 +144,26 @@ def _gru_forward_kernel(
                 y_n = dot(h, tl.load(w + (c + 2 * H * H)[:, None], used, 0), y_n, PRECISION)
             if g_hh is None:
                 _make_gates(
-                    at, y_r, y_z, y_n, b_hh, h_now, h_next, out, update, row, active, b, u, B, H, D,
-                    direction, zoneout, SAVE, ZONEOUT,
+                    at,
+                    y_r,
+                    y_z,
+                    y_n,
+                    b_hh,
+                    h_now,
+                    h_next,
+                    out,
+                    update,
+                    row,
+                    active,
+                    b,
+                    u,
+                    B,
+                    H,
+                    D,
+                    direction,
+                    zoneout,
+                    SAVE,
+                    ZONEOUT,
                 )
             else:
                 # Mean and sum of squared differences of this tile, joined to those so far
@@ -174,8 +192,26 @@ def _gru_forward_kernel(
                 y_z = _normalise(raw, g_hh, normed, row, active, u, H, H, mean, scale)
                 y_n = _normalise(raw, g_hh, normed, row, active, u, H, 2 * H, mean, scale)
                 _make_gates(
-                    at, y_r, y_z, y_n, b_hh, h_now, h_next, out, update, row, active, b, u, B, H, D,
-                    direction, zoneout, SAVE, ZONEOUT,
+                    at,
+                    y_r,
+                    y_z,
+                    y_n,
+                    b_hh,
+                    h_now,
+                    h_next,
+                    out,
+                    update,
+                    row,
+                    active,
+                    b,
+                    u,
+                    B,
+                    H,
+                    D,
+                    direction,
+                    zoneout,
+                    SAVE,
+                    ZONEOUT,
                 )
         tl.debug_barrier()
     last = state + (steps % 2) * half
@@ -296,7 +332,9 @@ def _gru_backward_kernel(
             acc = tl.zeros([BB, BU], F)
             for start in range(0, 3 * H, BK):
                 c = start + k
-                x = tl.load(delta + row[:, None] * delta_row + c[None, :], active[:, None] & (c[None, :] < 3 * H), 0)
+                x = tl.load(
+                    delta + row[:, None] * delta_row + c[None, :], active[:, None] & (c[None, :] < 3 * H), 0
+                )
                 gate_row = tl.where(c < H, c + 2 * H, c - H)  # (dq, dr, dz) are of the rows n, r, z
                 used = (c[:, None] < 3 * H) & (u[None, :] < H)
                 acc = dot(x, tl.load(w_hh + gate_row[:, None] * H + u[None, :], used, 0), acc, PRECISION)
