@@ -385,7 +385,8 @@ def varlen_attn(
         cu_seq_q (Tensor): int32 :math:`(N + 1)`: sequence n holds the queries cu_seq_q[n] up to
             cu_seq_q[n + 1]. Sequences may be empty. Queries of no sequence give 0.
         cu_seq_k (Tensor): the same for keys; None only with block_table.
-        max_q, max_k (int): bounds on the lengths, checked.
+        max_q, max_k (int): bounds on the lengths. They and the offsets are checked where these are on the
+            CPU; on a GPU they are trusted, since reading them would make the host wait.
         return_aux (AuxRequest, optional): with ``lse=True`` lse is returned too.
         scale (float, optional): factor of the scores, default :math:`1/\sqrt{D}`.
         window_size (tuple[int, int]): keys to the left and right that a query sees, the last query of a
@@ -396,7 +397,8 @@ def varlen_attn(
         block_table (Tensor, optional): int32 :math:`(N, \text{pages of a sequence})`, which pages hold a
             sequence's keys and values. Requires seqused_k. Inference only.
         num_splits (int, optional): 1 keeps the keys of few queries in one piece. The division follows
-            from each sequence's own lengths in any case, so a result never depends on the rest of the batch.
+            from each sequence's own lengths in any case, so a result never depends on the rest of the batch;
+            on a GPU max_q tells whether the queries are few.
 
     Returns:
         Tensor: :math:`(T_q, H_q, D_v)`; with ``return_aux.lse`` also lse, :math:`(H_q, T_q)`, float64 for

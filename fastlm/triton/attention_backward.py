@@ -454,11 +454,10 @@ def _dq_configs(target, dtype, **constants) -> list[Config]:
     ]
 
 
-def _dmask_configs(target, dtype, *, BLOCK_D, BLOCK_DV, **_) -> list[Config]:
+def _dmask_configs(target, dtype, **_) -> list[Config]:
     if target.kind == "interpreter":
         return [Config({"BLOCK_M": 32, "BLOCK_N": 128}, 1, 1)]
-    wide = dtype == torch.float32 or max(BLOCK_D, BLOCK_DV) > 64
-    return [Config({"BLOCK_M": 32, "BLOCK_N": 32 if wide else 64}, 4, 1)]
+    return [Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)]
 
 
 _delta = Kernel(
@@ -541,7 +540,8 @@ def attention_backward(
     if (needs_mask or needs_slopes) and out.dtype != lse.dtype:  # their float32 shows the rounding of out
         delta = torch.empty_like(lse)
         _run_dq(c, dq, delta, dout, lse, lse, c.Tq, 2)
-        delta = delta if dlse is None else delta - dlse
+        if dlse is not None:
+            delta.sub_(dlse)
     else:
         delta = _delta_of(c, out, dout, dlse, lse)
     shares = torch.empty_like(lse) if needs_slopes else None

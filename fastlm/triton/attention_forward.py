@@ -254,13 +254,13 @@ _combine = Kernel(
 
 
 def run_forward(
-    c: Call, out: Tensor, lse: Tensor, sinks: Tensor | None, max_q: int, split_keys: bool
+    c: Call, out: Tensor, lse: Tensor, sinks: Tensor | None, max_q: int, max_k: int, split_keys: bool
 ) -> None:
     """Fills out (B, H, T, DV) or (T, H, DV), and lse (B, H, T) or (H, T)."""
     lse_strides = c.lse_strides(lse)
     rows = c.group * max_q
     few = rows <= FEW_ROWS
-    splits = min(max(cdiv(c.Tk, SPLIT_KEYS), 1), MOST_SPLITS) if split_keys and few else 1
+    splits = min(max(cdiv(max_k, SPLIT_KEYS), 1), MOST_SPLITS) if split_keys and few else 1
     part_out, part_lse = None, None
     if splits > 1:
         part_lse = lse.new_empty(c.B, c.Hkv, splits, rows)
@@ -271,7 +271,7 @@ def run_forward(
 
     _forward(
         grid, out, lse, part_out, part_lse, sinks, *c.strides(out), *lse_strides, c.keep_scale, rows, splits,
-        *c.arguments, sizes=(c.B * c.Hkv, rows, c.Tk), **c.constants, SINKS=sinks is not None,
+        *c.arguments, sizes=(c.B * c.Hkv, rows, max_k), **c.constants, SINKS=sinks is not None,
         SPLIT=splits > 1, ROWS=max(16, next_power_of_2(rows)) if few else 0,
     )  # fmt: skip
     if splits > 1:
@@ -294,7 +294,7 @@ def attention_forward(
     )  # fmt: skip
     out = empty_as(query, c.DV)
     lse = query.new_empty(c.B, c.Hq, c.Tq, dtype=torch.float32)
-    run_forward(c, out, lse, sinks, c.Tq, True)
+    run_forward(c, out, lse, sinks, c.Tq, c.Tk, True)
     return out, lse
 
 
@@ -309,5 +309,6 @@ def varlen_attention_forward(
     # Rows of no sequence give 0.
     out = query.new_zeros(c.Tq, c.Hq, c.DV)
     lse = query.new_full((c.Hq, c.Tq), float("-inf"), dtype=torch.float32)
-    run_forward(c, out, lse, None, max_q, num_splits != 1)
+    # A sequence's own length decides how its keys are divided; the most that there may be, the grid.
+    run_forward(c, out, lse, None, max_q, max_k if used is None else c.Tk, num_splits != 1)
     return out, lse
