@@ -21,8 +21,8 @@ for row in targets.table(sys.argv[1], sys.argv[2:]):
 # does this test with FASTLM_ALL_KERNELS=1. Otherwise each target sees some, each kernel several targets.
 # Products in float32, loops of multiply-adds, take longest and are the same on all of NVIDIA's.
 SAMPLES = {
-    "sm_80": ("attention 64", "attention decode"),
-    "sm_90": ("attention 64", "attention 128 gqa", "attention packed"),
+    "sm_80": ("attention 64", "attention decode", "cross-entropy options"),
+    "sm_90": ("attention 64", "attention 128 gqa", "attention packed", "gru layer norm"),
     "sm_100": ("attention 64", "attention dropout"),
     "gfx942": (
         "attention 64",
@@ -30,6 +30,7 @@ SAMPLES = {
         "attention 256",
         "attention biases",
         "attention paged",
+        "linear cross-entropy",
     ),
 }
 

@@ -419,9 +419,8 @@ def _recurrence_configs(target, dtype, **constants):
     if dtype.itemsize == 2:
         stages = 2 if target.kind == "hip" else 3
         return [
-            Config(dict(BB=16, BU=64, BK=64), 4, stages),
+            Config(dict(BB=16, BU=64, BK=64), 8, stages),
             Config(dict(BB=16, BU=128, BK=64), 8, 2),
-            Config(dict(BB=32, BU=64, BK=64), 8, 2),
         ]
     return [Config(dict(BB=16, BU=32, BK=32), 4, 2)]
 

@@ -61,6 +61,39 @@ def _packed(H=(4, 4), D=64, dtype=torch.bfloat16, pages=False, max_q=1024, backw
     return sample
 
 
+def _cross_entropy(dtype=torch.bfloat16, options=(0.0, 0.0, 0.0), weight=False, D=None, C=50304):
+    """Of logits, or with D linear; with the gradients in the forward."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def sample():
+        target, weights = empty(4096, dtype=torch.int64), empty(C, dtype=torch.float32) if weight else None
+        if D is None:
+            call = kernel("cross_entropy")
+            call(empty(4096, C), target, weights, 1, -100, *options, False, False, True)
+        else:
+            call, bias = kernel("linear_cross_entropy"), empty(C) if weight else None
+            wanted = (True, True, weight)
+            call(empty(4096, D), empty(C, D), target, bias, weights, 1, -100, *options, False, *wanted)
+
+    return sample
+
+
+def _gru(dtype=torch.bfloat16, H=512, layer_norm=False, zoneout=0.0):
+    def empty(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def sample():
+        x, h = empty(32, 64, 256), empty(1, 64, H)
+        weights = [empty(3 * H, 256), empty(3 * H, H), *[empty(3 * H)] * (4 if layer_norm else 2)]
+        arguments = (x, None, h, weights, True, layer_norm, None, zoneout)
+        out, _, *kept = kernel("gru_layer")(*arguments, True)
+        kernel("gru_layer_backward")(out, None, *arguments, out, *kept, True, True)
+
+    return sample
+
+
 # The common cases, and what fills the registers.
 SAMPLES = {
     "attention 64": _attention(is_causal=True),
@@ -74,6 +107,14 @@ SAMPLES = {
     "attention decode": _attention(H=(32, 8), T=(1, 4096), D=128, backward=False),
     "attention packed": _packed(D=128),
     "attention paged": _packed(H=(32, 8), D=128, pages=True, max_q=1, backward=False),
+    "cross-entropy": _cross_entropy(),
+    "cross-entropy options": _cross_entropy(options=(0.1, 1e-4, 30.0), weight=True),
+    "linear cross-entropy": _cross_entropy(D=1024),
+    "linear cross-entropy options": _cross_entropy(options=(0.1, 1e-4, 30.0), weight=True, D=1024),
+    "linear cross-entropy float32": _cross_entropy(torch.float32, D=1024),
+    "gru": _gru(),
+    "gru layer norm": _gru(layer_norm=True, zoneout=0.1),
+    "gru float32": _gru(torch.float32),
 }
 
 
