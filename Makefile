@@ -1,6 +1,8 @@
 # make train [ARGS="--model gru"]   train a language model on this machine's Python sources
 # make test [ARGS="-k attention"]   run the tests, and the kernels under the sanitizers
 # make bench [ARGS=...]             run the benchmarks
+# make gpu-check [ARGS=...]         on a machine with a GPU: all tests, then the benchmarks, and one report;
+#                                   with PYTHON=, a Python that has torch, triton and pytest: needs no network
 # make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
 # Each sets up .venv and builds the extension first where that has not been done.
@@ -11,7 +13,7 @@ DEPENDENCIES := .venv/.dependencies
 LIBRARY := .venv/.library
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench sanitize lint clean
+.PHONY: setup train test bench gpu-check sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -39,6 +41,11 @@ test: setup
 
 bench: setup
 	$(PY) -m fastlm bench $(ARGS)
+
+# In the Python it is given, where that has what is needed: packages for GPUs are large, and often chosen with care.
+gpu-check:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 sanitize: setup
 	$(PY) tests/native/run.py

@@ -28,6 +28,8 @@ COLOURS = {
     "torch.compile": "#e0a458",
     "fastlm.install": "#7fb3d5",
     "fastlm": "#1f6fb2",
+    "flash-attn": "#7a9e6f",
+    "Liger": "#b07aa1",
 }
 
 
@@ -203,9 +205,9 @@ def draw(measured: list[Measurement], peaks: Peaks, facts: dict[str, str], folde
     axes[-1].set_xlabel("speed relative to eager (longer is faster)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(names), frameon=False)
+    machine = facts.get("device") or f"{facts['CPU']}, {facts['threads']} threads"
     figure.suptitle(
-        f"{measured[0].operator}\n{facts['CPU']}, {facts['threads']} threads, "
-        f"torch {torch.__version__}",
+        f"{measured[0].operator}\n{machine}, torch {torch.__version__}",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
     figure.savefig(folder / f"{measured[0].operator.replace(' ', '_')}.png", dpi=150)

@@ -73,6 +73,7 @@ class OperatorProblem:
     """
 
     stateful = False
+    device = torch.device("cpu")
 
     def __init__(self, operator: Operator, shape: str, dtype: torch.dtype):
         case = next(c for c in operator.bench if c.id == shape)
@@ -98,7 +99,7 @@ class OperatorProblem:
     def draw_cotangents(self, shapes: list[torch.Size]) -> None:
         """What is propagated back through outputs of these shapes."""
         self.shapes = shapes
-        like = [torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes]
+        like = [torch.empty((), dtype=self.dtype, device=self.device).expand(shape) for shape in shapes]
         self.cotangents = cotangents_for(like, 1)
 
     def call(self, contender: str, kind: str) -> Callable[[], list[Tensor]]:

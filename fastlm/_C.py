@@ -54,6 +54,25 @@ def set_isa(name: str) -> None:
         raise ValueError(f"fastlm._C.set_isa: {name!r} is not among those that run here: {', '.join(isas())}")
 
 
+# ---- as a backend, see fastlm.ops ----
+
+
+def missing() -> str | None:
+    return None
+
+
+def note() -> str:
+    return f"C++ kernels for {isa()}"
+
+
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def refuses(function: str, tensor: torch.Tensor) -> str | None:
+    return None
+
+
 def multiply_adds(rounds: int, *, bf16: bool = False) -> float:
     """Loads all of torch's threads with multiply-adds in registers, to measure what they reach.
 

@@ -370,13 +370,18 @@ def bench(
 
 
 @app.command()
-def info() -> None:
+def info(
+    kernels: Annotated[
+        bool,
+        typer.Option(help="Compile the Triton kernels for GPUs, here or not, and show what becomes of them."),
+    ] = False,
+) -> None:
     """Versions, threads, instruction sets and backends, with the reason for each that is
     missing."""
     import fastlm
     from fastlm import _C, ops
 
-    missing = ops.missing_backends()
+    missing, notes = ops.missing_backends(), ops.backend_notes()
     rows = {
         "fastlm": fastlm.__version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -386,11 +391,46 @@ def info() -> None:
         f"built in: {', '.join(_C.built_isas())})",
     }
     rows |= {
-        f"backend {name}": f"missing: {missing[name]}" if name in missing else "available"
+        f"backend {name}": f"missing: {missing[name]}" if name in missing else notes[name]
         for name in ops.BACKENDS
     }
     for name, value in rows.items():
         console.print(f"{name:<16} {value}", soft_wrap=True, markup=False)
+    if kernels:
+        _show_kernels()
+
+
+def _show_kernels() -> None:
+    """A line for each Triton kernel, target and configuration."""
+    from fastlm import triton
+
+    if not triton.installed():
+        raise ValueError("--kernels needs Triton (pip install triton)")
+    if triton.INTERPRETING:
+        raise ValueError("--kernels compiles, which Triton's interpreter does not: unset TRITON_INTERPRET")
+    from fastlm.triton import targets
+
+    console.print()
+    heads = (
+        "target",
+        "kernel",
+        "configuration",
+        "registers",
+        "spills",
+        "shared",
+        "occupancy",
+        "tensor",
+        "sample",
+    )
+    layout = "{:<7} {:<22} {:<44} {:>9} {:>6} {:>7} {:>9} {:>6}  {}"
+    console.print(layout.format(*heads), soft_wrap=True, markup=False)
+    for target in targets.TARGETS:
+        for row in targets.table(target):
+            values = (
+                row.target, row.kernel, row.config, row.registers, row.spills, row.shared,
+                f"{row.occupancy:.0%}", row.tensor, row.sample,
+            )  # fmt: skip
+            console.print(layout.format(*values), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

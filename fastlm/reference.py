@@ -145,7 +145,7 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         seed = draw_seed() if seed is None else seed
         heads = math.prod(weights.shape[:-2])
-        keep = dropout_keep(seed, heads, Tq, Tk, dropout_p).view(weights.shape)
+        keep = dropout_keep(seed.to(weights.device), heads, Tq, Tk, dropout_p).view(weights.shape)
         weights = torch.where(keep, weights / (1.0 - dropout_p), 0.0) if dropout_p < 1.0 else weights * 0.0
     out = (weights @ v).to(dtype)
     if not return_lse:

@@ -1,9 +1,15 @@
-"""Fixtures shared by all tests: the ISA, the thread count, the seed."""
+"""Fixtures shared by all tests: the ISA, the thread count, the seed, the Triton backend."""
+
+import os
 
 import pytest
 import torch
 
-import fastlm
+# Triton reads it when it is imported. On a machine with a GPU, TRITON_INTERPRET=0 runs its tests there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastlm  # noqa: E402
+import fastlm.triton  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +40,29 @@ def threads(request, restore_threads):
     """Runs the test with each of these thread counts."""
     torch.set_num_threads(request.param)
     return request.param
+
+
+_patched = set()
+
+
+def _patch_helpers_once(monkeypatch):
+    """The interpreter searches all of triton.language for what to replace at each call of a helper, for a
+    millisecond: once for each helper is enough, since it never takes that back."""
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        if self.fn not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Runs the test on the Triton kernels; gives the device that they take tensors of."""
+    if fastlm.triton.INTERPRETING:
+        _patch_helpers_once(monkeypatch)
+    with fastlm.use_backend("triton"):
+        yield torch.device(fastlm.triton.devices()[0])

@@ -44,6 +44,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree):
     return tree_map(replace, tree)
 
 
+def on_device(operator: Operator, arguments, device: torch.device | str):
+    """The arguments on a device, but for the integers of a GRU: step sizes stay on the CPU."""
+    stays = operator.name == "gru"
+    return map_tensors(
+        lambda x: x if stays and not x.is_floating_point() else x.to(device, copy=True), arguments
+    )
+
+
 def to_double(arguments):
     return map_tensors(lambda x: x.double() if x.is_floating_point() else x, arguments)
 
@@ -54,7 +62,7 @@ def differentiable(tree) -> list[Tensor]:
 
 def cotangents_for(outputs: list[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
 
 
 def run(function: Callable, arguments, seed: int, cotangents: list[Tensor] | None = None):
@@ -119,10 +127,17 @@ def stand_in(operator: Operator, case: Case) -> Callable:
 
 
 def compare(
-    operator: Operator, case: Case, dtype: torch.dtype, seed: int = 0, generated: bool = False
+    operator: Operator,
+    case: Case,
+    dtype: torch.dtype,
+    seed: int = 0,
+    generated: bool = False,
+    device: torch.device | str | None = None,
 ) -> None:
     """Runs one case in one dtype and checks every output and gradient by the rule above."""
     arguments = case.build(dtype, seed)
+    if device is not None and torch.device(device).type != "cpu":
+        arguments = on_device(operator, arguments, device)
     inputs = differentiable(arguments)
     outputs, gradients, cotangents = run(operator.function, arguments, seed)
     if case.random:

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
 from fastlm.ops import attention as ops_attention
-from fastlm.ops import choose_backend, under_transform
+from fastlm.ops import autocast_is_on, choose_backend, under_transform
 
 
 def _attention_error(message: str) -> ValueError:
@@ -105,6 +105,11 @@ def _share_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
         key = key.repeat_interleave(H // Hk, -3)
         value = value.repeat_interleave(H // Hv, -3)
     return key, value
+
+
+def _backend(name: str, query: Tensor, value: Tensor) -> str:
+    """Kernels may have a largest head size, of query and key or of value."""
+    return choose_backend(name, query if query.size(-1) >= value.size(-1) else value)
 
 
 def _four_dimensions(query, key, value, attn_mask, enable_gqa):
@@ -235,8 +240,8 @@ def scaled_dot_product_attention(
             scale, enable_gqa, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             return_lse=return_lse,
         )  # fmt: skip
-    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
-        low = torch.get_autocast_dtype("cpu")
+    if autocast_is_on(query.device):
+        low = torch.get_autocast_dtype(query.device.type)
         query, key, value, attn_mask = (
             x.to(low) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (query, key, value, attn_mask)
@@ -268,7 +273,7 @@ def scaled_dot_product_attention(
     seed = reference.draw_seed() if dropout_p > 0.0 else None
 
     transformed = under_transform(query, key, value, attn_mask, alibi_slopes, sinks)
-    if transformed or choose_backend("scaled_dot_product_attention", query) == "eager":
+    if transformed or _backend("scaled_dot_product_attention", query, value) == "eager":
         out, lse = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size, softcap=softcap,
             alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True, seed=seed,
@@ -380,7 +385,8 @@ def varlen_attn(
         cu_seq_q (Tensor): int32 :math:`(N + 1)`: sequence n holds the queries cu_seq_q[n] up to
             cu_seq_q[n + 1]. Sequences may be empty. Queries of no sequence give 0.
         cu_seq_k (Tensor): the same for keys; None only with block_table.
-        max_q, max_k (int): bounds on the lengths, checked.
+        max_q, max_k (int): bounds on the lengths. They and the offsets are checked where these are on the
+            CPU; on a GPU they are trusted, since reading them would make the host wait.
         return_aux (AuxRequest, optional): with ``lse=True`` lse is returned too.
         scale (float, optional): factor of the scores, default :math:`1/\sqrt{D}`.
         window_size (tuple[int, int]): keys to the left and right that a query sees, the last query of a
@@ -391,7 +397,8 @@ def varlen_attn(
         block_table (Tensor, optional): int32 :math:`(N, \text{pages of a sequence})`, which pages hold a
             sequence's keys and values. Requires seqused_k. Inference only.
         num_splits (int, optional): 1 keeps the keys of few queries in one piece. The division follows
-            from each sequence's own lengths in any case, so a result never depends on the rest of the batch.
+            from each sequence's own lengths in any case, so a result never depends on the rest of the batch;
+            on a GPU max_q tells whether the queries are few.
 
     Returns:
         Tensor: :math:`(T_q, H_q, D_v)`; with ``return_aux.lse`` also lse, :math:`(H_q, T_q)`, float64 for
@@ -402,15 +409,15 @@ def varlen_attn(
         RuntimeError: offsets that decrease, leave the tensors or exceed max_q or max_k; a gradient
             required with seqused_k or block_table.
     """
-    if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":
-        low = torch.get_autocast_dtype("cpu")
+    if autocast_is_on(query.device):
+        low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(low) if x.dtype != torch.float64 else x for x in (query, key, value))
     _check_varlen(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa, seqused_k, block_table, num_splits
     )
     _check_window("fastlm.varlen_attn", window_size)
     scale = _check_scale("fastlm.varlen_attn", scale, query.size(-1))
-    if under_transform(query, key, value) or choose_backend("varlen_attn", query) == "eager":
+    if under_transform(query, key, value) or _backend("varlen_attn", query, value) == "eager":
         return reference.varlen_attn(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,
             window_size=window_size, enable_gqa=enable_gqa, seqused_k=seqused_k, block_table=block_table,

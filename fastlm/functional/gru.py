@@ -105,7 +105,7 @@ def _run_gru(function, stack, tensors, arguments):
     """Calls stack(layer, *arguments) with tensors cast as autocast wants it: states keep the dtype that
     promotion gives them, as in torch.nn.GRU."""
     input, hx = tensors
-    layer = ops_gru.gru_layer if choose_backend(function, input) == "cpu" else reference.gru_layer
+    layer = reference.gru_layer if choose_backend(function, input) == "eager" else ops_gru.gru_layer
     dtype = _autocast(input)
     if dtype is None:
         return stack(layer, *arguments)

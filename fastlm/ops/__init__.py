@@ -5,22 +5,67 @@ public functions of `fastlm.functional` call. Importing this package registers t
 """
 
 import os
+import warnings
 
 import torch
 from torch.autograd import forward_ad
+from torch.library import Library
 
-import fastlm._C  # noqa: F401  (registers the operators)
+from fastlm import _C, triton
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# ---- families of kernels -------------------------------------------------------------------
+# A family is a module that offers
+#   missing()                 why it can serve no call here, or None
+#   note()                    a few words for `fastlm info`
+#   devices()                 types of the devices whose tensors it takes in this process
+#   refuses(function, tensor) why it has no kernel for a call whose main input this is, or None
+#   MODULES, kernel(name)     its operators, and the function behind one; a family that registers its
+#                             operators itself, as the compiled library does, has neither
+# and adding a family is one entry here.
+FAMILIES = {"cpu": _C, "triton": triton}
+
 
 def missing_backends() -> dict[str, str]:
     """Backends that can't serve any call here, each with the reason."""
-    return {
-        "cuda": "this build of fastlm has no CUDA kernels",
-        "triton": "this build of fastlm has no Triton kernels",
-    }
+    reasons = {"cuda": "this build of fastlm has no CUDA kernels"}
+    reasons |= {name: reason for name, family in FAMILIES.items() if (reason := family.missing())}
+    return reasons
+
+
+def backend_notes() -> dict[str, str]:
+    """What `fastlm info` says of each backend that is there."""
+    missing = missing_backends()
+    notes = {name: family.note() for name, family in FAMILIES.items() if name not in missing}
+    return notes | {"eager": "plain PyTorch"}
+
+
+def _register(name: str, device: str) -> Library:
+    """Registers a family's operators for the tensors of a device type, while the result lives."""
+    family = FAMILIES[name]
+    library = Library("fastlm", "IMPL")
+
+    def implementation(operator):
+        return lambda *args: family.kernel(operator)(*args)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the aim
+        for operator in family.MODULES:
+            library.impl(operator, implementation(operator), device.upper(), allow_override=True)
+    return library
+
+
+# The backend that serves the tensors of a device type unless another is forced.
+_native = {"cpu": "cpu", "meta": "cpu"}
+_libraries = []
+if triton.installed() and (torch.version.cuda or torch.version.hip):
+    _native["cuda"] = "triton"  # the name of AMD's devices too
+    _libraries.append(_register("triton", "cuda"))
+
+
+# ---- choice --------------------------------------------------------------------------------
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -34,7 +79,22 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-_forced = _checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND")
+_forced: str | None = None
+_overrides: list[Library] = []  # what a forced family has registered over the native one
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    if name != _forced:
+        while _overrides:
+            _overrides.pop()._destroy()
+        if name in FAMILIES:
+            devices = [d for d in FAMILIES[name].devices() if _native.get(d, name) != name and d != "meta"]
+            _overrides.extend(_register(name, device) for device in devices)
+    _forced = name
+
+
+_force(_checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND"))
 
 
 class use_backend:
@@ -45,7 +105,8 @@ class use_backend:
             ``None`` goes back to the choice by device, dtype and features.
 
     A call that the forced backend can't serve raises :class:`RuntimeError` with the reason. The
-    environment variable ``FASTLM_BACKEND`` does the same for a whole program.
+    environment variable ``FASTLM_BACKEND`` does the same for a whole program. The choice holds for all
+    threads. Forward and backward may run on different backends: what one keeps, the other reads.
 
     Example::
 
@@ -54,16 +115,14 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
-        global _forced
         self._previous = _forced
-        _forced = _checked(name, "fastlm.use_backend")
+        _force(_checked(name, "fastlm.use_backend"))
 
     def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *exc) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None = None) -> str:
@@ -72,17 +131,23 @@ def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None 
     `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
     it then, unless another backend is forced.
     """
+    device, dtype = tensor.device.type, tensor.dtype
+    name = _native.get(device, "eager") if _forced is None else _forced
+    if name == "eager":
+        return name
     reason = unsupported
     if reason is None:
-        if tensor.device.type not in ("cpu", "meta"):
+        if device != "meta" and device not in FAMILIES[name].devices():
             reason = f"no kernel for device {tensor.device}"
-        elif tensor.dtype not in KERNEL_DTYPES:
-            reason = f"no kernel for {tensor.dtype}"
+        elif dtype not in KERNEL_DTYPES:
+            reason = f"no kernel for {dtype}"
+        else:
+            reason = FAMILIES[name].refuses(function, tensor)
+    if reason is None:
+        return name
     if _forced is None:
-        return "cpu" if reason is None else "eager"
-    if reason is not None and _forced != "eager":
-        raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
-    return _forced
+        return "eager"
+    raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
 
 
 def autocast_is_on(device: torch.device) -> bool:

@@ -1,0 +1,301 @@
+"""Launching kernels: targets, configurations, their choice, and compilation ahead of time.
+
+A kernel is a jitted function beside a function that lists its configurations for a target, the best
+guess first. The first call of a kernel for new constants, dtypes or sizes (rounded up to powers of two)
+times the list, and keeps the choice in a file ($XDG_CACHE_HOME/fastlm or ~/.cache/fastlm), so that the
+next program and the next day run the same configuration and give the same bits. FASTLM_AUTOTUNE=0 takes
+the best guess at once.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
+
+cdiv = triton.cdiv
+next_power_of_2 = triton.next_power_of_2
+
+
+# ---- targets -------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What a kernel is compiled for. kind: "cuda", "hip" or "interpreter"; arch: 90, "gfx942"."""
+
+    kind: str
+    arch: int | str = 0
+    warp_size: int = 32
+    shared_memory: int = 0  # bytes that one program may use
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}" if self.kind == "cuda" else str(self.arch or self.kind)
+
+
+INTERPRETER = Target("interpreter")
+# Those that the tests compile for; a device's own is asked of its driver.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cuda", 80, 32, 163 << 10),
+        Target("cuda", 90, 32, 227 << 10),
+        Target("cuda", 100, 32, 227 << 10),
+        Target("hip", "gfx942", 64, 64 << 10),
+    )
+}
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    if knobs.runtime.interpret:
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], properties.warp_size, 64 << 10)
+    arch = 10 * properties.major + properties.minor
+    return Target("cuda", arch, 32, properties.shared_memory_per_block_optin)
+
+
+def dot_precision(dtype: torch.dtype, target: Target) -> str:
+    """input_precision of tl.dot: what torch.backends.cuda.matmul.allow_tf32 or
+    torch.set_float32_matmul_precision say for float32; of no meaning for other dtypes."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and target.kind == "cuda" else "ieee"
+
+
+# ---- configurations ------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """blocks: the kernel's constants that are free to choose."""
+
+    blocks: dict[str, int]
+    warps: int = 4
+    stages: int = 2
+
+    def __str__(self):
+        sizes = " ".join(f"{name}={size}" for name, size in self.blocks.items())
+        return f"{sizes} warps={self.warps} stages={self.stages}".strip()
+
+
+class Compiled(NamedTuple):
+    """One kernel in one configuration, compiled ahead of time."""
+
+    kernel: "Kernel"
+    constants: dict
+    config: Config
+    binary: object  # triton's CompiledKernel
+
+
+class Kernel:
+    """A kernel with its configurations.
+
+    Args:
+        function: of ``triton.jit``.
+        configs: (target, dtype, **constants) -> list of Config, the best guess first. dtype is that of
+            the first argument.
+        matrix: whether it multiplies matrices: its 16-bit binaries must then use tensor cores.
+        restore: names of arguments that the kernel both reads and writes, which tuning puts back.
+
+    A call takes the grid (a function of the blocks), the arguments by position, and by keyword the
+    constants, and `sizes`: the numbers that the choice of a configuration depends on.
+    """
+
+    def __init__(
+        self,
+        function,
+        configs: Callable[..., list[Config]],
+        matrix: bool = True,
+        restore: Sequence[str] = (),
+    ):
+        self.function = function
+        self.configs = configs
+        self.matrix = matrix
+        self.name = function.fn.__name__.strip("_")
+        names = [name for name in function.arg_names]
+        self.restore = [names.index(name) for name in restore]
+        self._chosen: dict[tuple, Config] = {}
+
+    def __call__(self, grid: Callable[[dict], tuple], *args, sizes: Sequence[int] = (), **constants) -> None:
+        first = next(x for x in args if isinstance(x, Tensor))
+        if _ahead is not None:
+            return _ahead.compile(self, first.dtype, args, constants)
+        device = first.device
+        key = (
+            device,
+            *(x.dtype for x in args if isinstance(x, Tensor)),
+            *constants.values(),
+            *(next_power_of_2(size) for size in sizes),
+        )
+        config = self._chosen.get(key)
+        if config is None:
+            with _on(device):
+                config = self._chosen[key] = self._choose(key, grid, args, constants, first.dtype)
+        shape = grid(config.blocks)
+        if 0 in shape:
+            return None
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with _on(device):
+                self.launch(shape, args, constants, config)
+        else:
+            self.launch(shape, args, constants, config)
+
+    def launch(self, shape, args, constants, config):
+        self.function[shape](*args, **constants, **self._options(config))
+
+    def compiled(self, args, constants, config):
+        return self.function.warmup(*args, grid=(1,), **constants, **self._options(config))
+
+    @staticmethod
+    def _options(config):
+        # Fused multiply-adds are asked for by name: Triton 3.10 changes the default.
+        return config.blocks | {
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "enable_fp_fusion": True,
+        }
+
+    def _choose(self, key, grid, args, constants, dtype) -> Config:
+        target = target_of(key[0])
+        configs = self.configs(target, dtype, **constants)
+        if target.kind == "interpreter" or len(configs) == 1:
+            return configs[0]
+        capturing = torch.cuda.is_current_stream_capturing()
+        if os.environ.get("FASTLM_AUTOTUNE") == "0" or capturing:
+            return next(c for c in configs if self._fits(args, constants, c, target))
+        record = _Record(self, target, key)
+        chosen = record.read()
+        if chosen not in map(str, configs):
+            chosen = str(min(configs, key=lambda c: self._time(grid(c.blocks), args, constants, c)))
+            record.write(chosen)
+        return next(c for c in configs if str(c) == chosen)
+
+    def _fits(self, args, constants, config, target) -> bool:
+        return self.compiled(args, constants, config).metadata.shared <= target.shared_memory
+
+    def _time(self, shape, args, constants, config) -> float:
+        """Milliseconds of the fastest of some launches; infinite where the device can't run it."""
+        if 0 in shape:
+            return 0.0
+        args = [x.clone() if i in self.restore else x for i, x in enumerate(args)]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        try:
+            for _ in range(6):  # the first compiles
+                begin.record()
+                self.launch(shape, args, constants, config)
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end))
+        except OutOfResources:
+            return float("inf")
+        return min(times[1:])
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Record:
+    """The chosen configuration of one kernel for one key, in a file for each kernel and device."""
+
+    def __init__(self, kernel: Kernel, target: Target, key: tuple):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "tuned"
+        device = torch.cuda.get_device_name(key[0]).replace(" ", "-").replace("/", "-")
+        # Another source of the kernel or another compiler may have another best configuration.
+        version = f"{triton.__version__}-{kernel.function.cache_key[:16]}"
+        self.path = folder / f"{kernel.name}-{target.name}-{device}-{version}.json"
+        self.key = " ".join(str(part) for part in key[1:])
+
+    def _all(self) -> dict[str, str]:
+        try:
+            return json.loads(self.path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def read(self) -> str | None:
+        return self._all().get(self.key)
+
+    def write(self, chosen: str) -> None:
+        """Replaces the file whole, so that another process never reads half of it. A cache that can't
+        be written, as in a home that is read-only, costs the next program its time only."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump(self._all() | {self.key: chosen}, file, indent=1)
+            os.replace(file.name, self.path)
+
+
+# ---- ahead of time -------------------------------------------------------------------------
+
+
+class _Driver:
+    """Stands in for a GPU's driver: enough of it to compile for `target`, nothing to run."""
+
+    def __init__(self, target: Target):
+        self._target = GPUTarget(target.kind, target.arch, target.warp_size)
+        self._device = target.name
+        self.utils = self
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return self._device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": TARGETS[self._device].shared_memory}
+
+
+class _Ahead:
+    def __init__(self, target: Target):
+        self.target = target
+        self.compiled: list[Compiled] = []
+        self._seen = set()
+
+    def compile(self, kernel: Kernel, dtype: torch.dtype, args, constants) -> None:
+        for config in kernel.configs(self.target, dtype, **constants):
+            binary = kernel.compiled(args, constants, config)
+            if binary.hash not in self._seen:
+                self._seen.add(binary.hash)
+                self.compiled.append(Compiled(kernel, constants, config, binary))
+
+
+_ahead: _Ahead | None = None
+
+
+@contextlib.contextmanager
+def ahead_of_time(target: Target):
+    """Inside, calls of operators on meta tensors launch nothing: each kernel that they would launch is
+    compiled for `target`, with the very specialisation of that launch, in all of its configurations.
+    Yields the growing list of Compiled."""
+    global _ahead
+    if knobs.runtime.interpret:
+        raise RuntimeError("fastlm: no compilation in Triton's interpreter; unset TRITON_INTERPRET")
+    _ahead = _Ahead(target)
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Driver(target))
+    try:
+        yield _ahead.compiled
+    finally:
+        triton.runtime.driver._active = before
+        _ahead = None
+
+
+def current_target(device: torch.device) -> Target:
+    """Of the device, or that of the compilation ahead of time at work."""
+    return target_of(device) if _ahead is None else _ahead.target
