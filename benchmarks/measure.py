@@ -129,7 +129,7 @@ def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> li
             (m.kind, name)
             for m in measured
             for name, timing in m.contenders.items()
-            if timing.seconds and timing.median <= SLOW and name != COMPILED  # which would compile again
+            if timing.seconds and timing.median <= 3 * SLOW and name != COMPILED  # which compiles again
         ]
         found = peak_memory(workload, problem.shapes, tasks)
         for m in measured:
