@@ -58,21 +58,18 @@ inline __attribute__((noinline)) void tile(int64_t K, const typename Mul::elem* 
                                            const typename Mul::elem* b, int64_t ldb,
                                            typename Mul::acc* c, int64_t ldc) {
   using T = typename Mul::acc;
-  if constexpr (kUpdate == kAccumulate) {  // C is on its way from a farther cache while the sum is made
+  // From C on, not added at the end: a sum has one order, in however many calls K is walked through.
+  Vec<T> acc[kRows][kVecs];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + r * ldc + v * kLanes<T>, 1);
-  }
-  Vec<T> acc[kRows][kVecs] = {};
+    for (int v = 0; v < kVecs; ++v)
+      acc[r][v] = kUpdate == kAccumulate ? load<T>(c + r * ldc + v * kLanes<T>) : Vec<T>{};
   micro<Mul, kRows, kVecs, kA>(K, a, lda, b, ldb, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) {
-      T* const out = c + r * ldc + v * kLanes<T>;
-      store(out, kUpdate == kAccumulate ? load<T>(out) + acc[r][v] : acc[r][v]);
-    }
+    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
 }
 
 template <class Mul, int kVecs, Layout kA, Update kUpdate>

@@ -240,7 +240,7 @@ def scaled_dot_product_attention(
             scale, enable_gqa, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
             return_lse=return_lse,
         )  # fmt: skip
-    if autocast_is_on(query.device):
+    if isinstance(query, Tensor) and autocast_is_on(query.device):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value, attn_mask = (
             x.to(low) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
@@ -409,7 +409,7 @@ def varlen_attn(
         RuntimeError: offsets that decrease, leave the tensors or exceed max_q or max_k; a gradient
             required with seqused_k or block_table.
     """
-    if autocast_is_on(query.device):
+    if isinstance(query, Tensor) and autocast_is_on(query.device):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(low) if x.dtype != torch.float64 else x for x in (query, key, value))
     _check_varlen(
