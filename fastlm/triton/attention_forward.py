@@ -235,11 +235,13 @@ def _forward_configs(
         return [config(64, 32, 4, 2)]
     if size <= 64:
         return [config(128, 64, 4, 3), config(128, 128, 8, 3)]
+    # What mma multiplies stands in registers beside the sums; wgmma and tcgen05 take it from shared memory.
+    spare = target.arch in (90, 100)
     if size <= 128:
-        return [config(128, 64, 8, 3), config(64, 32, 4, 3)]
-    if target.arch in (90, 100):
+        return [config(128, 64 if spare else 32, 8, 3), config(64, 32, 4, 3)]
+    if spare:
         return [config(64, 32, 4, 2), config(128, 32, 8, 2)]
-    return [config(64, 32, 8, 2)]  # of sums in registers, as mma has them
+    return [config(64, 32, 8, 2)]
 
 
 _forward = Kernel(_attention_forward, _forward_configs)
