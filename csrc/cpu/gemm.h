@@ -268,7 +268,7 @@ template <class T> struct MulOf<true, T> { using type = Bf16Pair; };
 
 // Tile sizes: a packed panel of B (kKC steps x one micro-tile) fills most of a 32 KiB first-level cache,
 // the block of A most of the second level. Large tiles of C, summed beside it, pay for the packing of
-// both: against 192 x 168, 384 x 336 took 0.85 of the time (dW of a GRU layer, Zen 3).
+// both: against 192 x 168, 384 x 336 took about 0.9 of the time (dW of a GRU layer, Zen 3).
 template <class SA, class SB, class SC> struct Blocking {
   using Mul = typename MulOf<kHasBf16Dot && kSame<SA, bf16> && kSame<SB, bf16>, compute_t<SC>>::type;
   using E = typename Mul::elem;
