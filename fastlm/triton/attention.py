@@ -54,6 +54,30 @@ def sequence(
 
 
 @triton.jit
+def blocks_of_keys(
+    lo, hi, first, nq, lower, upper, LEFT: tl.constexpr, UPPER: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the keys from lo to hi, for the BLOCK_M rows from `first` on: lo, the first that some row sees;
+    full_lo to full_hi, whole blocks that all rows see; the number of blocks before these and behind."""
+    i_first = first // GROUP
+    i_last = tl.minimum((first + BLOCK_M - 1) // GROUP, nq - 1)
+    full_lo, full_hi = lo, hi
+    if LEFT:
+        lo = tl.maximum(lo, tl.maximum(i_first - lower, 0) // BLOCK_N * BLOCK_N)
+        full_lo = tl.maximum(lo, tl.cdiv(tl.maximum(i_last - lower, 0), BLOCK_N) * BLOCK_N)
+    if UPPER:
+        hi = tl.minimum(hi, i_last + upper + 1)
+        full_hi = tl.minimum(full_hi, i_first + upper + 1)
+    full_hi = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
+    if full_hi <= full_lo:
+        full_lo, full_hi = lo, lo
+    before = (full_lo - lo) // BLOCK_N
+    behind = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK_N)
+    return lo, full_lo, full_hi, before, behind
+
+
+@triton.jit
 def load_rows(base, offsets, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr = False):
     """A tile (rows, BLOCK) of rows of SIZE elements, 0 beyond and where not `inside`. ALL: all are."""
     d = tl.arange(0, BLOCK)

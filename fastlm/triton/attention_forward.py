@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlm.triton.attention import (
     Call,
+    blocks_of_keys,
     check_lengths,
     empty_as,
     kept,
@@ -112,9 +113,6 @@ def _attention_forward(
     i64 = (q0 + i).to(tl.int64)
     h64 = h.to(tl.int64)
 
-    # Keys from lo to hi are seen by some row, those from full_lo to full_hi by all.
-    i_first = first // GROUP
-    i_last = tl.minimum((first + BLOCK_M - 1) // GROUP, nq - 1)
     lo, hi = nk * 0, nk
     if SPLIT:
         splits, keys = split_of(nk, n_splits)
@@ -122,18 +120,9 @@ def _attention_forward(
             return
         lo = split * keys
         hi = tl.minimum(nk, lo + keys)
-    full_lo, full_hi = lo, hi
-    if LEFT:
-        lo = tl.maximum(lo, (i_first - lower) // BLOCK_N * BLOCK_N)
-        full_lo = tl.maximum(lo, tl.cdiv(tl.maximum(i_last - lower, 0), BLOCK_N) * BLOCK_N)
-    if UPPER:
-        hi = tl.minimum(hi, i_last + upper + 1)
-        full_hi = tl.minimum(full_hi, i_first + upper + 1)
-    full_hi = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
-    if full_hi <= full_lo:
-        full_lo, full_hi = lo, lo
-    before = (full_lo - lo) // BLOCK_N
-    behind = tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK_N)
+    lo, full_lo, full_hi, before, behind = blocks_of_keys(
+        lo, hi, first, nq, lower, upper, LEFT, UPPER, GROUP, BLOCK_M, BLOCK_N
+    )
 
     tile = load_rows(q, b64 * qb + h64 * qh + i64 * qt, there, D, BLOCK_D)
     mask_rows = mask
