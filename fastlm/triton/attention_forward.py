@@ -27,7 +27,7 @@ from fastlm.triton.device import LN2, LOG2E, dot, narrow
 from fastlm.triton.launch import Config, Kernel, Target, cdiv, next_power_of_2
 
 FEW_ROWS = 64  # rows of a key head up to which its keys are split
-SPLIT_KEYS = 1024  # keys of a split at least, and a multiple of every block
+SPLIT_KEYS = tl.constexpr(1024)  # keys of a split at least, and a multiple of every block
 MOST_SPLITS = 64
 
 SCALARS = ("seed", "drop_below", "Hkv", "Tq", "Tk", "left", "right", "rows_most", "n_splits")
@@ -36,7 +36,7 @@ SCALARS = ("seed", "drop_below", "Hkv", "Tq", "Tk", "left", "right", "rows_most"
 @triton.jit
 def split_of(nk, n_splits):
     """How a sequence's keys are divided: the number of its splits, and the keys of each."""
-    splits = tl.minimum(tl.maximum(tl.cdiv(nk, 1024), 1), n_splits)
+    splits = tl.minimum(tl.maximum(tl.cdiv(nk, SPLIT_KEYS), 1), n_splits)
     return splits, tl.cdiv(tl.cdiv(nk, splits), 128) * 128
 
 
@@ -251,7 +251,7 @@ def run_forward(
     lse_strides = c.lse_strides(lse)
     rows = c.group * max_q
     few = rows <= FEW_ROWS
-    splits = min(max(cdiv(max_k, SPLIT_KEYS), 1), MOST_SPLITS) if split_keys and few else 1
+    splits = min(max(cdiv(max_k, SPLIT_KEYS.value), 1), MOST_SPLITS) if split_keys and few else 1
     part_out, part_lse = None, None
     if splits > 1:
         part_lse = lse.new_empty(c.B, c.Hkv, splits, rows)
