@@ -237,14 +237,23 @@ template <class S> struct LinearCrossEntropy {
     return p.token.weight ? static_cast<const T*>(p.token.weight)[v] : T(1);
   }
 
-  // w_c q'_c of a tile: [rows][width], 0 where there is no token.
-  void mixed_tile(int64_t block, int64_t tile, T* out) const {
+  // w_c q'_c of a tile to l.mixed[rows][width], 0 where there is no token.
+  void mixed_tile(int64_t block, int64_t tile, const Local& l) const {
+    T* const out = l.mixed;
     const TokenLoss& t = p.token;
     const int64_t M = rows(tile), v0 = tile * kRows, n = tokens(block);
     const T e = T(t.label_smoothing);
     const S* q = static_cast<const S*>(t.probs) + first_token(block) * t.probs_at.n +
                  v0 * t.probs_at.c + head * t.probs_at.s;
-    pack_rows(M, n, q, t.probs_at.c, t.probs_at.n, out, width());
+    if (t.probs_at.c == 1) {  // a token's classes side by side: read so, and turned around
+      for (int64_t j = 0; j < n; j += kNR) {
+        const int64_t w = least(kNR, n - j);
+        pack_rows(w, M, q + j * t.probs_at.n, t.probs_at.n, 1, l.edge, kRows);
+        transpose(w, M, l.edge, kRows, out + j, width());
+      }
+    } else {
+      pack_rows(M, n, q, t.probs_at.c, t.probs_at.n, out, width());
+    }
     for (int64_t v = 0; v < M; ++v) {
       T* const row = out + v * width();
       const T w = class_weight(v0 + v);
@@ -297,7 +306,7 @@ template <class S> struct LinearCrossEntropy {
       const Local l = local();
       T* const out = plan.keep ? kept_tile(block, tile) : l.tile;
       logits_tile(block, tile, l, out);
-      if (p.token.probs) mixed_tile(block, tile, l.mixed);
+      if (p.token.probs) mixed_tile(block, tile, l);
       tile_statistics(block, tile, out, p.token.probs ? l.mixed : nullptr);
     });
   }
@@ -494,7 +503,7 @@ template <class S> struct LinearCrossEntropy {
           logits_tile(block, tile, l, l.tile);
           target_logits(block, tile, l.tile);
         }
-        if (p.token.probs) mixed_tile(block, tile, l.mixed);
+        if (p.token.probs) mixed_tile(block, tile, l);
         gradient_tile(block, tile, x, p.token.probs ? l.mixed : nullptr, l.tile);
         if (p.dlinear_bias) add_bias_gradient(block, tile, l.tile);
         if (p.dlinear_weight) add_weight_gradient(block, tile, l.tile, l);
