@@ -1,0 +1,147 @@
+// Attention on a GPU: what forward and backward share.
+//
+//   S = softcap(scale Q K^T) + bias,  P = softmax(S),  O = dropout(P) V
+//
+// Q, K, V and O are (B, H, T, D) by strides, the last dimension contiguous and every row at 16 bytes; or
+// packed (T, H, D), sequence b holding the rows cu[b] up to cu[b + 1]; or K and V are pages of a pool.
+// Hq = group Hkv query heads share Hkv heads of keys and values: the rows of one key head are
+// r = i group + g, query i of its head g, and a block of rows reads K and V once for all of them.
+//
+// Logits are in base 2 inside of the kernels: exp2 is an instruction, exp is not.
+//
+// Letters: B batch, H heads, T length, D size of a head of Q and K, Dv of V; b a sequence, i a query, j a
+// key, r a row; Tq and Tk in a Sequence are its own lengths.
+#pragma once
+#include "product.cuh"
+
+namespace fastlm::cuda {
+
+struct HeadStrides { int64_t b, h, t; };  // b is 0 where packed; of pages, b is the stride of a page
+
+enum MaskKind : int { kNoMask, kBoolMask, kSameMask, kFloatMask };  // of the dtype of Q; of float32
+
+struct AttentionParams {
+  int B, Hq, Hkv, group, Tq, Tk;  // the lengths: of every sequence, or the most of any
+  int D, Dv;                      // multiples of 16 bytes; what pads them is 0
+  const void *q, *k, *v;
+  HeadStrides qs, ks, vs, os;
+  const int32_t *cu_q, *cu_k;     // [B + 1] where packed, else null; cu_k null with pages
+  const int32_t* used;            // [B] keys in use, or null
+  const int32_t* table;           // [B][table_b] pages, or null
+  int page_size, table_b;
+  bool causal;
+  int left, right;                // window, -1: open
+  float scale, softcap;           // softcap 0: none
+  MaskKind mask_kind;
+  const void* mask;
+  int64_t mask_b, mask_h, mask_q, mask_k;  // strides; 0 where broadcast
+  const float* slopes;            // [B][Hq] or null
+  const float* sinks;             // [Hq] or null
+  bool dropout;
+  uint32_t drop_below;            // a weight is dropped if its random word is below
+  float keep_scale;               // 1 / (1 - p); 0 for p = 1
+  uint64_t seed;
+  void* out;
+  float* lse;                     // base e; -inf for a row that sees no key
+  int64_t lse_b, lse_h;           // strides; rows are contiguous
+};
+
+// A sequence's rows and band: query i sees the keys i - lower <= j <= i + upper.
+struct Sequence {
+  int64_t q0, k0;  // first rows where packed
+  int Tq, Tk, lower, upper;
+};
+inline constexpr int kUnbounded = 1 << 30;
+
+FASTLM_DEVICE Sequence sequence_of(const AttentionParams& p, int b) {
+  Sequence s{0, 0, p.Tq, p.Tk, kUnbounded, kUnbounded};
+  if (p.cu_q) {
+    s.q0 = p.cu_q[b];
+    s.Tq = int(p.cu_q[b + 1] - s.q0);
+    if (p.cu_k) {
+      s.k0 = p.cu_k[b];
+      s.Tk = int(p.cu_k[b + 1] - s.k0);
+    }
+    if (p.used) s.Tk = p.used[b];
+  }
+  if (p.left >= 0) s.lower = p.left - (s.Tk - s.Tq);
+  if (p.right >= 0) s.upper = p.right + (s.Tk - s.Tq);
+  if (p.causal && s.upper > 0) s.upper = 0;
+  return s;
+}
+
+// Blocks of SIZE keys for the rows `first` up to `last` of a key head, of the keys from lo to hi: those
+// from `begin` to `end` hold a key that some row sees; those from full_begin to full_end are whole and
+// seen by all of these rows.
+struct KeyBlocks { int begin, full_begin, full_end, end; };
+
+template <int SIZE>
+FASTLM_DEVICE KeyBlocks key_blocks(const Sequence& s, int i_first, int i_last, int lo, int hi) {
+  const auto clamp = [](int64_t x, int low, int high) { return int(x < low ? low : x > high ? high : x); };
+  const int64_t first = int64_t(i_first) - s.lower, last_lower = int64_t(i_last) - s.lower;
+  const int seen_lo = clamp(first, lo, hi), seen_hi = clamp(int64_t(i_last) + s.upper + 1, lo, hi);
+  const int all_lo = clamp(last_lower, lo, hi), all_hi = clamp(int64_t(i_first) + s.upper + 1, lo, hi);
+  KeyBlocks k{seen_lo / SIZE, (all_lo + SIZE - 1) / SIZE, all_hi / SIZE, (seen_hi + SIZE - 1) / SIZE};
+  if (seen_hi <= seen_lo) k.end = k.begin;
+  if (k.full_end <= k.full_begin) k.full_begin = k.full_end = k.end;
+  return k;
+}
+
+// A row of scores: what its logits depend on beside the products.
+struct Row {
+  int i, head;         // query, and head of Q
+  bool valid;
+  int64_t mask;        // offset of its mask
+  float slope;         // of ALiBi, in base 2
+};
+
+FASTLM_DEVICE Row row_of(const AttentionParams& p, const Sequence& s, int b, int hkv, int r) {
+  Row row{r / p.group, hkv * p.group + r % p.group, r < s.Tq * p.group, 0, 0};
+  if (!row.valid) row.i = s.Tq - 1;
+  row.mask = b * p.mask_b + row.head * p.mask_h + row.i * p.mask_q;
+  if (p.slopes && row.valid) row.slope = p.slopes[int64_t(b) * p.Hq + row.head] * kLog2e;
+  return row;
+}
+
+FASTLM_DEVICE bool sees(const Sequence& s, int i, int j) { return j < s.Tk && j >= i - s.lower && j <= i + s.upper; }
+
+// The logit of row and key j in base 2 out of the product qk. cap: tanh of the softcap, where there is
+// one. OPTIONS: mask, slopes and softcap are looked at; else the product is scaled.
+template <class T, bool OPTIONS>
+FASTLM_DEVICE float logit(const AttentionParams& p, const Sequence& s, const Row& row, int j, float qk, float* cap) {
+  if constexpr (!OPTIONS) return qk * (p.scale * kLog2e);
+  float x;
+  if (p.softcap > 0) {
+    *cap = tanh_of(qk * (p.scale / p.softcap));
+    x = *cap * (p.softcap * kLog2e);
+  } else {
+    x = qk * (p.scale * kLog2e);
+  }
+  if (p.slopes) x -= fabsf(float(row.i + (s.Tk - s.Tq) - j)) * row.slope;
+  if (p.mask_kind != kNoMask && j < s.Tk) {
+    const int64_t at = row.mask + j * p.mask_k;
+    if (p.mask_kind == kBoolMask) x = static_cast<const bool*>(p.mask)[at] ? x : -kInfinity;
+    else if (p.mask_kind == kFloatMask) x += static_cast<const float*>(p.mask)[at] * kLog2e;
+    else x += widen(static_cast<const T*>(p.mask)[at]) * kLog2e;
+  }
+  return x;
+}
+
+// Whether dropout keeps the weight of query i and key j in head `head` of all B Hq.
+FASTLM_DEVICE bool keeps(const AttentionParams& p, int64_t head, int i, int j) {
+  const RandomWords w = random_words(p.seed, uint32_t(j / 4), uint32_t(i), uint32_t(head));
+  return w.x[j % 4] >= p.drop_below;
+}
+
+// Where head h, row t of sequence b lies in a tensor of these strides.
+FASTLM_DEVICE int64_t offset_of(const HeadStrides& s, int b, int64_t first, int h, int64_t t) {
+  return b * s.b + h * s.h + (first + t) * s.t;
+}
+// The same of key j, which may lie in a page.
+FASTLM_DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, const HeadStrides& at, int b, int h, int j) {
+  if (!p.table) return offset_of(at, b, s.k0, h, j);
+  const int64_t page = p.table[int64_t(b) * p.table_b + j / p.page_size];
+  return page * at.b + h * at.h + j % p.page_size * at.t;
+}
+
+}  // namespace fastlm::cuda

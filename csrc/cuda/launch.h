@@ -1,0 +1,132 @@
+// What the launchers (*.cu) share: the device of a call, its stream, checked launches, registration.
+//
+// Compiled by nvcc, operators register for CUDA tensors. Compiled by a C++ compiler against simt.h, the
+// same source registers them in the namespace fastlm_cuda_host for CPU tensors, and a launch runs the
+// kernel's blocks on the CPU.
+#pragma once
+#include "../check.h"
+#include "device.cuh"
+
+#ifdef __CUDACC__
+#include <dlfcn.h>
+#define FASTLM_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m)
+#else
+#define FASTLM_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda_host, CPU, m)
+#endif
+
+namespace fastlm::cuda {
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, "fastlm::", op, ": CUDA: ", cudaGetErrorString(error));
+}
+
+// torch's stream of a device. Looked up at run time in the torch that is loaded: one build serves every
+// CUDA build of torch, and can be linked where there is none.
+inline cudaStream_t current_stream(int device, const char* op) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function function = [] {
+    void* const torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? reinterpret_cast<Function>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function && function(device, &stream) == 0, "fastlm::", op,
+                  ": this torch gives no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the device of a tensor the current one while it lives, and launches on torch's stream there.
+class Device {
+ public:
+  Device(const Tensor& t, const char* op) : op_(op) {
+    check_cuda(cudaGetDevice(&before_), op);
+    const int device = t.get_device_index();
+    check_cuda(cudaSetDevice(device), op);
+    stream_ = current_stream(device, op);
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      check_cuda(cudaDeviceGetAttribute(&value, name, device), op);
+      return value;
+    };
+    multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    shared_bytes = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  }
+  Device(const Device&) = delete;
+  ~Device() { cudaSetDevice(before_); }
+
+  int multiprocessors;
+  size_t shared_bytes;  // most that a block can have
+
+  template <class P> void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
+    run(kernel, grid, threads, shared, params, false);
+  }
+  // All blocks run at the same time, and may meet in grid_barrier.
+  template <class P>
+  void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
+    run(kernel, grid, threads, shared, params, true);
+  }
+  // Blocks of a kernel that the device holds at the same time.
+  template <class P> int blocks_at_once(void (*kernel)(P), int threads, size_t shared) {
+    allow(kernel, shared);
+    int blocks = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), op_);
+    return blocks * multiprocessors;
+  }
+  void zero(void* data, size_t bytes) { check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), op_); }
+  // To memory of the device, at the stream's turn; `from` may go at once.
+  void copy_in(void* to, const void* from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), op_);
+  }
+
+ private:
+  template <class P> void allow(void (*kernel)(P), size_t shared) {
+    if (shared > 48 * 1024)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), op_);
+  }
+  template <class P>
+  void run(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params, bool together) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    allow(kernel, shared);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = together ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, params), op_);
+  }
+
+  const char* op_;
+  int before_ = 0;
+  cudaStream_t stream_;
+};
+
+#else
+
+// A small device: grids are divided as on a large one, with little work each.
+class Device {
+ public:
+  Device(const Tensor&, const char*) {}
+  int multiprocessors = 4;
+  size_t shared_bytes = 99 * 1024;
+
+  template <class P> void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
+    simt::launch(grid, dim3(unsigned(threads)), shared, false, [&] { kernel(params); });
+  }
+  template <class P>
+  void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
+    simt::launch(grid, dim3(unsigned(threads)), shared, true, [&] { kernel(params); });
+  }
+  template <class P> int blocks_at_once(void (*)(P), int, size_t) { return multiprocessors; }
+  void zero(void* data, size_t bytes) { __builtin_memset(data, 0, bytes); }
+  void copy_in(void* to, const void* from, size_t bytes) { __builtin_memcpy(to, from, bytes); }
+};
+
+#endif
+
+}  // namespace fastlm::cuda
