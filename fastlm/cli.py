@@ -392,7 +392,7 @@ def info(
     }
     rows |= {
         f"backend {name}": f"missing: {missing[name]}" if name in missing else notes[name]
-        for name in ops.BACKENDS
+        for name in ops.backends()
     }
     for name, value in rows.items():
         console.print(f"{name:<16} {value}", soft_wrap=True, markup=False)

@@ -11,9 +11,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from fastlm import _C, triton
+from fastlm import _C, cuda, triton
 
-BACKENDS = ("cpu", "cuda", "triton", "eager")
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # ---- families of kernels -------------------------------------------------------------------
@@ -23,16 +22,40 @@ KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #   devices()                 types of the devices whose tensors it takes in this process
 #   refuses(function, tensor) why it has no kernel for a call whose main input this is, or None
 #   MODULES, kernel(name)     its operators, and the function behind one; a family that registers its
-#                             operators itself, as the compiled library does, has neither
-# and adding a family is one entry here.
-FAMILIES = {"cpu": _C, "triton": triton}
+#                             operators itself, as the compiled libraries do, has neither
+# and adding a family is one entry here (tests/simt makes its own from outside).
+FAMILIES = {"cpu": _C, "cuda": cuda, "triton": triton}
+
+# The operators behind a public function.
+OPERATORS = {
+    "scaled_dot_product_attention": ("attention_forward", "attention_backward"),
+    "varlen_attn": ("varlen_attention_forward", "varlen_attention_backward"),
+    "cross_entropy": ("cross_entropy", "cross_entropy_backward"),
+    "linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_backward"),
+    "gru": ("gru_layer", "gru_layer_backward"),
+    "gru_cell": ("gru_layer", "gru_layer_backward"),
+}
+
+# Of these families the first that is there serves a function's tensors on a GPU: a guess, until a report
+# of `make gpu-check` says which one is faster.
+ON_GPU = {
+    "scaled_dot_product_attention": ("cuda", "triton"),
+    "varlen_attn": ("cuda", "triton"),
+    "cross_entropy": ("cuda", "triton"),
+    "linear_cross_entropy": ("cuda", "triton"),
+    "gru": ("cuda", "triton"),
+    "gru_cell": ("cuda", "triton"),
+}
+
+
+def backends() -> tuple[str, ...]:
+    """The names that can be asked for, whether they are available here or not."""
+    return (*FAMILIES, "eager")
 
 
 def missing_backends() -> dict[str, str]:
     """Backends that can't serve any call here, each with the reason."""
-    reasons = {"cuda": "this build of fastlm has no CUDA kernels"}
-    reasons |= {name: reason for name, family in FAMILIES.items() if (reason := family.missing())}
-    return reasons
+    return {name: reason for name, family in FAMILIES.items() if (reason := family.missing())}
 
 
 def backend_notes() -> dict[str, str]:
@@ -42,27 +65,55 @@ def backend_notes() -> dict[str, str]:
     return notes | {"eager": "plain PyTorch"}
 
 
-def _register(name: str, device: str) -> Library:
-    """Registers a family's operators for the tensors of a device type, while the result lives."""
-    family = FAMILIES[name]
-    library = Library("fastlm", "IMPL")
+def _on_gpu(function: str) -> str:
+    """The family that serves a function's tensors on a GPU, as far as it can be told without asking one."""
+    there = {
+        "cuda": cuda.unusable() is None and cuda.operators.issuperset(OPERATORS[function]),
+        "triton": triton.installed() and (torch.version.cuda or torch.version.hip),  # AMD's are "cuda" too
+    }
+    return next((name for name in ON_GPU[function] if there[name]), "eager")
 
-    def implementation(operator):
-        return lambda *args: family.kernel(operator)(*args)
+
+# Device type -> function -> the family that serves it unless another is forced.
+_native = {
+    "cpu": dict.fromkeys(OPERATORS, "cpu"),
+    "meta": dict.fromkeys(OPERATORS, "cpu"),
+    "cuda": {function: _on_gpu(function) for function in OPERATORS},
+}
+_forced: str | None = None
+# Device type, operator -> the family that serves it, and its registration over the compiled libraries'.
+_registered: dict[tuple[str, str], tuple[str, Library]] = {}
+
+
+def _register() -> None:
+    """Registers the operators of families in Python where they serve, forced or not, and no others."""
+    wanted = {}
+    for device in ("cpu", "cuda"):
+        for function, operators in OPERATORS.items():
+            forced = _forced in FAMILIES and device in FAMILIES[_forced].devices()
+            name = _forced if forced else _native[device][function]
+            modules = getattr(FAMILIES.get(name), "MODULES", ())
+            wanted |= {(device, operator): name for operator in operators if operator in modules}
+    for key, (name, library) in list(_registered.items()):
+        if wanted.get(key) != name:
+            library._destroy()
+            del _registered[key]
+    for (device, operator), name in wanted.items():
+        if (device, operator) not in _registered:
+            _registered[device, operator] = name, _registration(name, operator, device)
+
+
+def _registration(name: str, operator: str, device: str) -> Library:
+    """Of a family's operator for the tensors of a device type, while the result lives."""
+    family, library = FAMILIES[name], Library("fastlm", "IMPL")
+
+    def implementation(*args):
+        return family.kernel(operator)(*args)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the aim
-        for operator in family.MODULES:
-            library.impl(operator, implementation(operator), device.upper(), allow_override=True)
+        library.impl(operator, implementation, device.upper(), allow_override=True)
     return library
-
-
-# The backend that serves the tensors of a device type unless another is forced.
-_native = {"cpu": "cpu", "meta": "cpu"}
-_libraries = []
-if triton.installed() and (torch.version.cuda or torch.version.hip):
-    _native["cuda"] = "triton"  # the name of AMD's devices too
-    _libraries.append(_register("triton", "cuda"))
 
 
 # ---- choice --------------------------------------------------------------------------------
@@ -71,29 +122,22 @@ if triton.installed() and (torch.version.cuda or torch.version.hip):
 def _checked(name: str | None, source: str) -> str | None:
     if not name:
         return None
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name not in backends():
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(backends())}")
     reason = missing_backends().get(name)
     if reason:
         raise RuntimeError(f"{source}: backend {name!r} is not available: {reason}")
     return name
 
 
-_forced: str | None = None
-_overrides: list[Library] = []  # what a forced family has registered over the native one
-
-
 def _force(name: str | None) -> None:
     global _forced
     if name != _forced:
-        while _overrides:
-            _overrides.pop()._destroy()
-        if name in FAMILIES:
-            devices = [d for d in FAMILIES[name].devices() if _native.get(d, name) != name and d != "meta"]
-            _overrides.extend(_register(name, device) for device in devices)
-    _forced = name
+        _forced = name
+        _register()
 
 
+_register()
 _force(_checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND"))
 
 
@@ -132,7 +176,7 @@ def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None 
     it then, unless another backend is forced.
     """
     device, dtype = tensor.device.type, tensor.dtype
-    name = _native.get(device, "eager") if _forced is None else _forced
+    name = _native.get(device, {}).get(function, "eager") if _forced is None else _forced
     if name == "eager":
         return name
     reason = unsupported

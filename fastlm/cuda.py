@@ -1,0 +1,109 @@
+"""The CUDA kernels as a backend: libfastlm_cuda.so, where this build of fastlm has it.
+
+It is loaded where torch has CUDA, which registers its operators for CUDA tensors, and needs neither a
+GPU nor a driver for that. `missing` says what is lacking to run them.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+LARGEST_HEAD = 256
+# A public function -> an operator without which there is nothing for it here.
+NEEDED = {
+    "scaled_dot_product_attention": "attention_forward",
+    "varlen_attn": "varlen_attention_forward",
+    "cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "gru": "gru_layer",
+    "gru_cell": "gru_layer",
+}
+NO_FLOAT64 = ("scaled_dot_product_attention", "varlen_attn", "gru", "gru_cell")
+
+_path = Path(__file__).with_name("libfastlm_cuda.so")
+_library: ctypes.CDLL | None = None
+_problem: str | None = None  # why it could not be loaded
+if torch.version.cuda and _path.exists():
+    try:
+        torch.ops.load_library(_path)
+        _library = ctypes.CDLL(str(_path))
+        _library.fastlm_cuda_archs.restype = ctypes.c_char_p
+    except OSError as error:  # the other families serve
+        _problem = str(error)
+
+# Asked before another family registers its own over them.
+operators: frozenset[str] = frozenset(
+    name.removeprefix("fastlm::")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    if name.startswith("fastlm::")
+)
+
+
+def archs() -> list[int]:
+    """Compute capabilities that the kernels were built for, as 90 for 9.0."""
+    return [int(arch) for arch in _library.fastlm_cuda_archs().decode().split(";")]
+
+
+def serves(capability: tuple[int, int]) -> bool:
+    """Whether there is code for GPUs of this capability: an older one's of the same generation runs, and
+    what is newer than all compiles the newest anew."""
+    major, minor = capability
+    return any(a // 10 == major and a % 10 <= minor for a in archs()) or 10 * major + minor > max(archs())
+
+
+def unusable() -> str | None:
+    """Why the kernels can't run whatever the GPU, or None. Starts nothing on a GPU: a program may fork
+    after importing fastlm."""
+    if not _path.exists():
+        return "this build of fastlm has no CUDA kernels"
+    if not torch.version.cuda:
+        return "torch here is built without CUDA"
+    if _library is None:
+        return f"{_path.name} can't be loaded: {_problem}"
+    built, served = _library.fastlm_cuda_version(), _library.fastlm_cuda_driver_version()
+    if not served:
+        return "no NVIDIA driver here"
+    if served // 1000 < built // 1000:
+        return f"the driver here serves CUDA {_version(served)}, they were built with {_version(built)}"
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def missing() -> str | None:
+    reason = unusable()
+    if reason is None and not torch.cuda.is_available():
+        reason = "no GPU here"
+    if reason is None:
+        here = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        if not any(map(serves, here)):
+            names = ", ".join(f"sm_{arch}" for arch in archs())
+            reason = f"the kernels are for {names}, the GPU here is sm_{here[0][0]}{here[0][1]}"
+    return reason
+
+
+def note() -> str:
+    names = ", ".join(f"sm_{arch}" for arch in archs())
+    return f"CUDA {_version(_library.fastlm_cuda_version())} kernels for {names}, on {torch.cuda.get_device_name()}"
+
+
+def devices() -> tuple[str, ...]:
+    return ("cuda",)
+
+
+def refuses(function: str, tensor: torch.Tensor) -> str | None:
+    if NEEDED[function] not in operators:
+        return f"no {NEEDED[function]} in this build"
+    return no_kernel(function, tensor)
+
+
+def no_kernel(function: str, tensor: torch.Tensor) -> str | None:
+    """What no build has."""
+    if function in NO_FLOAT64 and tensor.dtype == torch.float64:
+        return "no kernel for torch.float64: its products have no tensor cores to run on"
+    if function in ("scaled_dot_product_attention", "varlen_attn") and tensor.size(-1) > LARGEST_HEAD:
+        return f"no kernel for head size {tensor.size(-1)}, CUDA's have at most {LARGEST_HEAD}"
+    return None
