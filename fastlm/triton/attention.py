@@ -157,6 +157,37 @@ def kept(seed, i, heads, start, drop_below, ROWS: tl.constexpr, KEYS: tl.constex
     return random_words(seed, i, columns, heads, ROWS, KEYS) >= drop_below.to(tl.uint32)
 
 
+@triton.jit
+def tile_gradients(
+    qk, dp, i, j, heads, keep, nq, nk, lower, upper, mask, mask_rows, mk, slope, scale, softcap, lse, delta,
+    keep_scale, EDGE: tl.constexpr, LEFT: tl.constexpr, UPPER: tl.constexpr, MASK: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of a tile, either side first: the weights that met the values, dS of the logits, and dS of
+    scale Q K^T. dp: dO V^T. i, j, lse (in base 2), delta: of shapes that broadcast to it."""
+    s, t = logits(
+        qk, i, j, nq, nk, lower, upper, mask, mask_rows, mk, slope, scale, softcap, EDGE, LEFT, UPPER, MASK,
+        ALIBI, SOFTCAP,
+    )  # fmt: skip
+    p = tl.exp2(s - lse)
+    met = p
+    if DROPOUT:
+        met = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    dqk = ds
+    if SOFTCAP:
+        dqk = ds * (1.0 - t * t)
+    return met, ds, dqk
+
+
+@triton.jit
+def load_lse(lse, at, there):
+    """lse in base 2; rows without any key have weights of 0, as rows that are not there."""
+    x = tl.load(lse + at, mask=there, other=float("inf"))
+    return tl.where(x == float("-inf"), float("inf"), x * LOG2E)
+
+
 # ---- on the host ---------------------------------------------------------------------------
 
 
