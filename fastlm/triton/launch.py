@@ -23,6 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
+from fastlm.targets import TARGETS, Target
+
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
 
@@ -30,30 +32,7 @@ next_power_of_2 = triton.next_power_of_2
 # ---- targets -------------------------------------------------------------------------------
 
 
-class Target(NamedTuple):
-    """What a kernel is compiled for. kind: "cuda", "hip" or "interpreter"; arch: 90, "gfx942"."""
-
-    kind: str
-    arch: int | str = 0
-    warp_size: int = 32
-    shared_memory: int = 0  # bytes that one program may use
-
-    @property
-    def name(self) -> str:
-        return f"sm_{self.arch}" if self.kind == "cuda" else str(self.arch or self.kind)
-
-
 INTERPRETER = Target("interpreter")
-# Those that the tests compile for; a device's own is asked of its driver.
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("cuda", 80, 32, 163 << 10),
-        Target("cuda", 90, 32, 227 << 10),
-        Target("cuda", 100, 32, 227 << 10),
-        Target("hip", "gfx942", 64, 64 << 10),
-    )
-}
 
 
 @functools.cache

@@ -2,22 +2,21 @@
 prints and the tests judge.
 
 Samples are calls of operators on meta tensors; what they would launch is compiled instead (see
-launch.ahead_of_time), and the binary is read: registers, spills, shared memory, how many programs fit on
-one multiprocessor, and how many instructions are tensor cores'.
+launch.ahead_of_time), and the binary is read.
 """
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import triton
 
+from fastlm.targets import TARGETS, Row, Target, occupancy, read
 from fastlm.triton import kernel
-from fastlm.triton.launch import TARGETS, Compiled, Target, ahead_of_time
+from fastlm.triton.launch import Compiled, ahead_of_time
+
+COMPILED_FOR = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # ---- samples -------------------------------------------------------------------------------
 
@@ -121,52 +120,16 @@ SAMPLES = {
 # ---- reading binaries ----------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """registers: of a thread. spills: bytes of local memory of a thread, or registers on AMD. shared:
-    bytes. occupancy: share of the warps that a multiprocessor can hold. tensor: instructions. matrix:
-    whether there must be some."""
-
-    sample: str
-    target: str
-    kernel: str
-    config: str
-    registers: int
-    spills: int
-    shared: int
-    occupancy: float
-    tensor: int
-    matrix: bool
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.spills:
-            found.append(f"spills {self.spills}")
-        if self.shared > TARGETS[self.target].shared_memory:
-            found.append(f"shared memory {self.shared} > {TARGETS[self.target].shared_memory}")
-        if self.matrix and not self.tensor:
-            found.append("no tensor-core instruction")
-        return found
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _read_nvidia(binary) -> tuple[int, int, int]:
-    """Registers, spills and tensor-core instructions: mma, wgmma and tcgen05 are HMMA (DMMA), HGMMA and
-    UTCHMMA in machine code."""
+def _read_nvidia(binary) -> tuple[int, int, int, int]:
+    """Registers, spills, tensor-core instructions and 16-byte loads."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    facts = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    tensor = re.findall(r"\b(?:HMMA|DMMA|HGMMA|UTC[A-Z]*MMA)\b", code)
-    return facts["REG"], facts["STACK"] + facts["LOCAL"], len(tensor)
+        (code,) = read(Path(file.name))
+    return code.registers, code.spills, code.tensor, code.wide
 
 
-def _read_amd(binary) -> tuple[int, int, int]:
+def _read_amd(binary) -> tuple[int, int, int, int]:
     text = binary.asm["amdgcn"]
 
     def fact(name):
@@ -174,30 +137,18 @@ def _read_amd(binary) -> tuple[int, int, int]:
 
     # Scalar registers spill into lanes of vector registers, which is not memory, and counted there.
     tensor = len(re.findall(r"\bv_mfma_", text))
-    return fact("vgpr_count"), fact("vgpr_spill_count"), tensor
-
-
-def _occupancy(target: Target, registers: int, warps: int, shared: int) -> float:
-    if target.kind == "hip":  # 4 SIMDs of up to 8 waves and 512 registers a lane; 64 KiB for all
-        granted = -(-max(registers, 1) // 8) * 8
-        waves = min(8, 512 // granted) * 4 // warps * warps
-        return min(waves, (64 << 10) // max(shared, 1) * warps) / 32
-    # 64 warps, 64 Ki registers; each program takes 1 KiB of shared memory for the system.
-    granted = -(-max(registers, 1) // 8) * 8 * 32 * warps
-    programs = min(64 // warps, 32, (64 << 10) // granted)
-    if shared:
-        programs = min(programs, (target.shared_memory + 1024) // (shared + 1024))
-    return programs * warps / 64
+    wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text))
+    return fact("vgpr_count"), fact("vgpr_spill_count"), tensor, wide
 
 
 def _row(sample: str, target: Target, compiled: Compiled) -> Row:
     binary, config = compiled.binary, compiled.config
-    read = _read_amd if target.kind == "hip" else _read_nvidia
-    registers, spills, tensor = read(binary)
+    facts = _read_amd(binary) if target.kind == "hip" else _read_nvidia(binary)
+    registers, spills, tensor, wide = facts
     shared = binary.metadata.shared
     return Row(
         sample, target.name, compiled.kernel.name, str(config), registers, spills, shared,
-        _occupancy(target, registers, binary.metadata.num_warps, shared), tensor,
+        occupancy(target, registers, binary.metadata.num_warps, shared), tensor, wide,
         compiled.kernel.matrix and compiled.constants.get("PRECISION") is not None and "float32" not in sample,
     )  # fmt: skip
 
