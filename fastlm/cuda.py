@@ -65,7 +65,7 @@ def unusable() -> str | None:
     if not served:
         return "no NVIDIA driver here"
     if served // 1000 < built // 1000:
-        return f"the driver here serves CUDA {_version(served)}, they were built with {_version(built)}"
+        return f"the driver here serves CUDA {_version(served)}, the kernels were built with CUDA {_version(built)}"
     return None
 
 
