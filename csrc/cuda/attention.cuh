@@ -48,7 +48,7 @@ struct AttentionParams {
 
 // A sequence's rows and band: query i sees the keys i - lower <= j <= i + upper.
 struct Sequence {
-  int64_t q0, k0;  // first rows where packed
+  int q0, k0;  // first rows where packed
   int Tq, Tk, lower, upper;
 };
 inline constexpr int kUnbounded = 1 << 30;
@@ -57,10 +57,10 @@ FASTLM_DEVICE Sequence sequence_of(const AttentionParams& p, int b) {
   Sequence s{0, 0, p.Tq, p.Tk, kUnbounded, kUnbounded};
   if (p.cu_q) {
     s.q0 = p.cu_q[b];
-    s.Tq = int(p.cu_q[b + 1] - s.q0);
+    s.Tq = p.cu_q[b + 1] - s.q0;
     if (p.cu_k) {
       s.k0 = p.cu_k[b];
-      s.Tk = int(p.cu_k[b + 1] - s.k0);
+      s.Tk = p.cu_k[b + 1] - s.k0;
     }
     if (p.used) s.Tk = p.used[b];
   }
@@ -125,6 +125,50 @@ FASTLM_DEVICE float logit(const AttentionParams& p, const Sequence& s, const Row
     else x += widen(static_cast<const T*>(p.mask)[at]) * kLog2e;
   }
   return x;
+}
+
+// The same of the products x of a warp: row_at(m, n, c) and key_at(m, n, c) say whose score x[m][n][c] is, and
+// use_cap(m, n, c, cap) gets the tanh of its softcap. Keys behind the last get the mask of the last.
+template <class T, int M, int N, class RowAt, class KeyAt, class UseCap>
+FASTLM_DEVICE void logits(const AttentionParams& p, const Sequence& s, float (&x)[M][N][4], const RowAt& row_at,
+                          const KeyAt& key_at, const UseCap& use_cap) {
+  const auto each = [&](const auto& change) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) change(x[m][n][c], m, n, c);
+      }
+    }
+  };
+  // Option by option, not score by score: the loads of a mask are then under way together.
+  const auto add_mask = [&](const auto* mask, const auto& add) {
+    each([&](float& score, int m, int n, int c) {
+      const int64_t j = min(key_at(m, n, c), s.Tk - 1);
+      add(score, mask[row_at(m, n, c).mask + j * p.mask_k]);
+    });
+  };
+  if (p.softcap > 0) {
+    each([&](float& score, int m, int n, int c) {
+      const float cap = tanh_of(score * (p.scale / p.softcap));
+      use_cap(m, n, c, cap);
+      score = cap * (p.softcap * kLog2e);
+    });
+  } else {
+    each([&](float& score, int, int, int) { score *= p.scale * kLog2e; });
+  }
+  if (p.slopes)
+    each([&](float& score, int m, int n, int c) {
+      const Row& row = row_at(m, n, c);
+      score -= fabsf(float(row.i + (s.Tk - s.Tq) - key_at(m, n, c))) * row.slope;
+    });
+  if (p.mask_kind == kBoolMask)
+    add_mask(static_cast<const bool*>(p.mask), [](float& score, bool keep) { score = keep ? score : -kInfinity; });
+  else if (p.mask_kind == kSameMask)
+    add_mask(static_cast<const T*>(p.mask), [](float& score, T bias) { score += widen(bias) * kLog2e; });
+  else if (p.mask_kind == kFloatMask)
+    add_mask(static_cast<const float*>(p.mask), [](float& score, float bias) { score += bias * kLog2e; });
 }
 
 // Whether dropout keeps the weight of query i and key j in head `head` of all B Hq.

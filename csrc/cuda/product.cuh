@@ -11,16 +11,25 @@ namespace fastlm::cuda {
 // Rows of COLUMNS elements in 16-byte chunks. A chunk's place in its row is turned by the row's number,
 // so that the same chunk of 8 neighbouring rows, and 8 neighbouring chunks of a row, lie in all banks.
 template <class T, int COLUMNS> struct Tile {
-  static constexpr int kChunks = COLUMNS / kPerVector<T>;
+  static constexpr int kChunks = COLUMNS / kPerVector<T>, kRowBytes = COLUMNS * sizeof(T);
   static_assert(COLUMNS % kPerVector<T> == 0 && (kChunks & (kChunks - 1)) == 0 && kChunks >= 2);
-  static constexpr size_t bytes(int rows) { return size_t(rows) * COLUMNS * sizeof(T); }
+  static constexpr size_t bytes(int rows) { return size_t(rows) * kRowBytes; }
 
   T* data;
 
-  FASTLM_DEVICE T* chunk(int row, int c) const {
+  static constexpr FASTLM_DEVICE uint32_t turn(uint32_t row) {
     constexpr int kTurns = kChunks < 8 ? kChunks : 8;
-    return data + (row * kChunks + (c ^ (row / (8 / kTurns) % kTurns))) * kPerVector<T>;
+    return row / (8 / kTurns) % kTurns;
   }
+  // Bytes to a chunk. Those to chunk c ^ x of the row are this ^ 16 x, and rows 8 n further down this +
+  // 8 n kRowBytes: from one offset a loop reaches all others by constants.
+  static FASTLM_DEVICE uint32_t offset(int row, int c) {
+    return uint32_t(row) * kRowBytes + (uint32_t(c) ^ turn(uint32_t(row))) * 16;
+  }
+  FASTLM_DEVICE T* behind(uint32_t bytes) const {
+    return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(data) + bytes);
+  }
+  FASTLM_DEVICE T* chunk(int row, int c) const { return behind(offset(row, c)); }
   FASTLM_DEVICE T* at(int row, int column) const {
     return chunk(row, column / kPerVector<T>) + column % kPerVector<T>;
   }
@@ -30,93 +39,142 @@ template <class T, int COLUMNS> struct Tile {
 // zeros from row `rows` and from column `columns` (a multiple of a chunk) on. Rows start at 16 bytes.
 template <int ROWS, int THREADS, class T, int COLUMNS>
 FASTLM_DEVICE void copy_tile(Tile<T, COLUMNS> tile, const T* from, int64_t row_stride, int rows, int columns) {
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAtOnce = THREADS / kChunks;
+  static_assert(THREADS % kChunks == 0);
+  const int c = int(threadIdx.x) % kChunks, mine = int(threadIdx.x) / kChunks;
+  const T* next = from + mine * row_stride + c * kPerVector<T>;
+  const bool inside = c * kPerVector<T> < columns;
 #pragma unroll
-  for (int i = int(threadIdx.x); i < ROWS * kChunks; i += THREADS) {
-    const int row = i / kChunks, c = i % kChunks;
-    const bool valid = row < rows && c * kPerVector<T> < columns;
-    cp_async(tile.chunk(row, c), valid ? from + row * row_stride + c * kPerVector<T> : from, valid);
+  for (int n = 0; n < (ROWS + kAtOnce - 1) / kAtOnce; ++n) {
+    const int row = mine + n * kAtOnce;
+    if (ROWS % kAtOnce == 0 || row < ROWS) cp_async(tile.chunk(row, c), next, inside && row < rows);
+    next += kAtOnce * row_stride;
   }
 }
 
-// c += A B^T: 16 rows of a from `row` on, 8 N rows of b from `column` on, both over K columns.
-template <int K, class T, int A, int B, int N>
-FASTLM_DEVICE void multiply_rows(float (&c)[N][4], Tile<T, A> a, int row, Tile<T, B> b, int column) {
+// c += A B^T: 16 M rows of a from `row` on, 8 N rows of b from `column` on (both multiples of 8), over the
+// first K columns of either. Each fragment of b serves all M tiles.
+template <int K, class T, int A, int B, int M, int N>
+FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Tile<T, B> b, int column) {
+  constexpr uint32_t kA = Tile<T, A>::kRowBytes, kB = Tile<T, B>::kRowBytes;
   const int lane = lane_index();
   if constexpr (sizeof(T) == 2) {
     static_assert(K % 16 == 0 && N % 2 == 0);
+    const uint32_t in_a = a.offset(row + lane % 16, lane / 16);
+    const uint32_t in_b = b.offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll 4
+    for (uint32_t k = 0; k < K / 16; ++k) {
+      uint32_t x[M][4];
 #pragma unroll
-    for (int k = 0; k < K / 16; ++k) {
-      uint32_t x[4];
-      ldmatrix(x, a.chunk(row + lane % 16, 2 * k + lane / 16));
+      for (int m = 0; m < M; ++m) ldmatrix(x[m], a.behind((in_a ^ 32 * k) + 16 * m * kA));
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
-        ldmatrix(y, b.chunk(column + 8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-        mma(c[n], x, y[0], y[1], T{});
-        mma(c[n + 1], x, y[2], y[3], T{});
+        ldmatrix(y, b.behind((in_b ^ 32 * k) + 8 * n * kB));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          mma(c[m][n], x[m], y[0], y[1], T{});
+          mma(c[m][n + 1], x[m], y[2], y[3], T{});
+        }
       }
     }
   } else {
     using Four = Pack<T, 4>;
     const int g = lane / 4, t = lane % 4;
+    const uint32_t in_a = a.offset(row + g, 0), in_b = b.offset(column + 2 * t, 0);
+    const uint32_t in_next = b.offset(column + 2 * t + 1, 0);
 #pragma unroll 4
-    for (int k = 0; k < K / 4; ++k) {
-      const Four up = load_shared(reinterpret_cast<const Four*>(a.chunk(row + g, k)));
-      const Four down = load_shared(reinterpret_cast<const Four*>(a.chunk(row + g + 8, k)));
+    for (uint32_t k = 0; k < K / 4; ++k) {
+      Four up[M], down[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        up[m] = load_shared(reinterpret_cast<const Four*>(a.behind((in_a ^ 16 * k) + 16 * m * kA)));
+        down[m] = load_shared(reinterpret_cast<const Four*>(a.behind((in_a ^ 16 * k) + (16 * m + 8) * kA)));
+      }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const Four left = load_shared(reinterpret_cast<const Four*>(b.chunk(column + 8 * n + 2 * t, k)));
-        const Four right = load_shared(reinterpret_cast<const Four*>(b.chunk(column + 8 * n + 2 * t + 1, k)));
+        const Four left = load_shared(reinterpret_cast<const Four*>(b.behind((in_b ^ 16 * k) + 8 * n * kB)));
+        const Four right = load_shared(reinterpret_cast<const Four*>(b.behind((in_next ^ 16 * k) + 8 * n * kB)));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          c[n][0] += up.x[i] * left.x[i];
-          c[n][1] += up.x[i] * right.x[i];
-          c[n][2] += down.x[i] * left.x[i];
-          c[n][3] += down.x[i] * right.x[i];
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            c[m][n][0] += up[m].x[i] * left.x[i];
+            c[m][n][1] += up[m].x[i] * right.x[i];
+            c[m][n][2] += down[m].x[i] * left.x[i];
+            c[m][n][3] += down[m].x[i] * right.x[i];
+          }
         }
       }
     }
   }
 }
+template <int K, class T, int A, int B, int N>
+FASTLM_DEVICE void multiply_rows(float (&c)[N][4], Tile<T, A> a, int row, Tile<T, B> b, int column) {
+  multiply_rows<K>(reinterpret_cast<float (&)[1][N][4]>(c), a, row, b, column);
+}
 
-// c += P B: P 16 x 8 K in registers as an accumulator, 8 K rows of b from `row` on, its 8 N columns from
-// `column` on. P is rounded to T.
-template <class T, int B, int K, int N>
-FASTLM_DEVICE void multiply_registers(float (&c)[N][4], const float (&p)[K][4], Tile<T, B> b, int row, int column) {
+// c += P B: P 16 M x 8 K in registers as M accumulators, 8 K rows of b from `row` (a multiple of 8) on, of
+// these the 8 N columns from `column` (a multiple of 8 N, N a power of 2, where not 0) on. P is rounded to T.
+template <class T, int B, int M, int K, int N>
+FASTLM_DEVICE void multiply_registers(float (&c)[M][N][4], const float (&p)[M][K][4], Tile<T, B> b, int row,
+                                      int column) {
+  constexpr uint32_t kB = Tile<T, B>::kRowBytes;
   const int lane = lane_index();
   if constexpr (sizeof(T) == 2) {
     static_assert(K % 2 == 0 && N % 2 == 0);
+    const uint32_t in_b = b.offset(row + lane % 16, column / 8 + lane / 16);
 #pragma unroll
     for (int k = 0; k < K; k += 2) {
-      const uint32_t x[4] = {pack(p[k][0], p[k][1], T{}), pack(p[k][2], p[k][3], T{}),
-                             pack(p[k + 1][0], p[k + 1][1], T{}), pack(p[k + 1][2], p[k + 1][3], T{})};
+      uint32_t x[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][i] = pack(p[m][k + i / 2][i % 2 * 2], p[m][k + i / 2][i % 2 * 2 + 1], T{});
+      }
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
-        ldmatrix_transposed(y, b.chunk(row + 8 * k + lane % 16, column / 8 + n + lane / 16));
-        mma(c[n], x, y[0], y[1], T{});
-        mma(c[n + 1], x, y[2], y[3], T{});
+        ldmatrix_transposed(y, b.behind((in_b ^ 16 * n) + 8 * k * kB));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          mma(c[m][n], x[m], y[0], y[1], T{});
+          mma(c[m][n + 1], x[m], y[2], y[3], T{});
+        }
       }
     }
   } else {
     using Two = Pack<T, 2>;
     const int t = lane % 4;
+    const uint32_t in_b = b.offset(row, column / 4 + t / 2) + t % 2 * 8;
 #pragma unroll
     for (int k = 0; k < 8 * K; ++k) {
       const int from = lane - t + k % 8 / 2;
-      const float up = __shfl_sync(kAllLanes, p[k / 8][k % 2], from);
-      const float down = __shfl_sync(kAllLanes, p[k / 8][2 + k % 2], from);
+      float up[M], down[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        up[m] = __shfl_sync(kAllLanes, p[m][k / 8][k % 2], from);
+        down[m] = __shfl_sync(kAllLanes, p[m][k / 8][2 + k % 2], from);
+      }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const Two y = load_shared(reinterpret_cast<const Two*>(b.at(row + k, column + 8 * n + 2 * t)));
-        c[n][0] += up * y.x[0];
-        c[n][1] += up * y.x[1];
-        c[n][2] += down * y.x[0];
-        c[n][3] += down * y.x[1];
+        const uint32_t at = (in_b ^ 16 * (2 * n ^ Tile<T, B>::turn(k))) + k * kB;
+        const Two y = load_shared(reinterpret_cast<const Two*>(b.behind(at)));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          c[m][n][0] += up[m] * y.x[0];
+          c[m][n][1] += up[m] * y.x[1];
+          c[m][n][2] += down[m] * y.x[0];
+          c[m][n][3] += down[m] * y.x[1];
+        }
       }
     }
   }
+}
+template <class T, int B, int K, int N>
+FASTLM_DEVICE void multiply_registers(float (&c)[N][4], const float (&p)[K][4], Tile<T, B> b, int row, int column) {
+  multiply_registers(reinterpret_cast<float (&)[1][N][4]>(c), reinterpret_cast<const float (&)[1][K][4]>(p), b, row,
+                     column);
 }
 
 }  // namespace fastlm::cuda

@@ -1,0 +1,374 @@
+// Attention's forward on a GPU: online softmax (Milakov and Gimelshein, 2018), a block of threads for a
+// block of rows (FlashAttention-2: Dao, 2023).
+//
+// The rows r = i group + g of one key head share K and V, of which a ring of `stages` tiles each is copied
+// to shared memory ahead of its use. Scores stay in registers from the first product to the second. Pieces
+// of keys out of the band are skipped, those wholly inside run without a comparison.
+//
+// A tile is a piece of keys for each of key_warps warps. Where a key head has few rows, as in decoding, the
+// warps that would have none share rows: warp w has the rows of w % row_warps, and of each tile the piece
+// w / row_warps; their sums are joined at the end. Beyond that, keys are split among blocks, whose results
+// attention_combine joins. Every join has a fixed order.
+//
+// Kept for the backward: lse = log sum exp S per row.
+#pragma once
+#include "attention_splits.cuh"
+
+namespace fastlm::cuda {
+
+// Warps of a block; accumulators of 16 rows that a warp has side by side; keys of a piece. A thread's 255
+// registers hold sums (kTiles kD / 2 of them) and scores (kTiles kPiece / 2), and what options need; 64 KiB of
+// shared memory hold Q and one stage of a piece.
+template <class T, int kD, bool OPTIONS> struct ForwardShape {
+  static constexpr int kWarps = 4, kTiles = kD <= 64 || (kD == 128 && !OPTIONS) ? 2 : 1;
+  static constexpr int kPiece = kD <= 64 && !OPTIONS ? 64 : 32;
+};
+template <int kD, bool OPTIONS> struct ForwardShape<float, kD, OPTIONS> {
+  static constexpr int kWarps = kD <= 128 ? 4 : 2, kTiles = kD <= 64 && !OPTIONS ? 2 : 1;
+  static constexpr int kPiece = kD <= 128 ? 32 : 16;
+};
+
+// Floats of a warp in join_warps.
+template <int TILES, int D> inline constexpr int kJoined = 4 * TILES * (D / 8 + 1) * 32;
+
+template <class T, int kD, bool OPTIONS>
+constexpr size_t forward_shared_bytes(int row_warps, int key_warps, int stages) {
+  using Shape = ForwardShape<T, kD, OPTIONS>;
+  const size_t ring = 2 * size_t(stages) * Tile<T, kD>::bytes(Shape::kPiece * key_warps);
+  const size_t joined = size_t(key_warps - 1) * row_warps * kJoined<Shape::kTiles, kD> * sizeof(float);
+  return Tile<T, kD>::bytes(16 * Shape::kTiles * row_warps) + (ring > joined ? ring : joined);
+}
+
+// ---- copies --------------------------------------------------------------------------------
+
+// Keys from `first` on into a tile, zeros behind the last.
+template <int ROWS, int THREADS, class T, int COLUMNS>
+FASTLM_DEVICE void copy_keys(const AttentionParams& p, const Sequence& s, const HeadStrides& at, Tile<T, COLUMNS> tile,
+                             const void* from, int b, int h, int first, int columns) {
+  const T* const base = static_cast<const T*>(from);
+  if (!p.table) {
+    copy_tile<ROWS, THREADS>(tile, base + offset_of(at, b, s.k0, h, first), at.t, s.Tk - first, columns);
+    return;
+  }
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+#pragma unroll 2
+  for (int i = int(threadIdx.x); i < ROWS * kChunks; i += THREADS) {
+    const int row = i / kChunks, c = i % kChunks;
+    const bool valid = first + row < s.Tk && c * kPerVector<T> < columns;
+    cp_async(tile.chunk(row, c), valid ? base + key_offset(p, s, at, b, h, first + row) + c * kPerVector<T> : base,
+             valid);
+  }
+}
+
+// Queries of the rows from `first` on into a tile of `size` rows, zeros behind the last.
+template <int THREADS, class T, int COLUMNS>
+FASTLM_DEVICE void copy_queries(const AttentionParams& p, const Sequence& s, Tile<T, COLUMNS> tile, int b, int hkv,
+                                int first, int size) {
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+  const T* const base = static_cast<const T*>(p.q);
+  for (int x = int(threadIdx.x); x < size * kChunks; x += THREADS) {
+    const int r = first + x / kChunks, c = x % kChunks;
+    const bool valid = r < s.Tq * p.group && c * kPerVector<T> < p.D;
+    const T* const row = base + offset_of(p.qs, b, s.q0, hkv * p.group + r % p.group, r / p.group);
+    cp_async(tile.chunk(x / kChunks, c), valid ? row + c * kPerVector<T> : base, valid);
+  }
+}
+
+// Waits for the oldest copies: behind them stages - 1 tiles of K and as many of V are on their way.
+FASTLM_DEVICE void wait_for_tile(int stages) {
+  if (stages == 1) cp_async_wait<0>();
+  else if (stages == 2) cp_async_wait<2>();
+  else cp_async_wait<4>();
+  __syncthreads();
+}
+
+// ---- one piece of keys ---------------------------------------------------------------------
+
+// Weights that dropout takes become 0. Two neighbours t share what they draw: four keys of two rows.
+template <int P>
+FASTLM_DEVICE void drop(const AttentionParams& p, const Row& up, const Row& down, int b, int j, float (&x)[P][4]) {
+  const int t = lane_index() % 4;
+  const uint32_t i = uint32_t(t % 2 ? down.i : up.i), head = uint32_t(b * p.Hq + (t % 2 ? down.head : up.head));
+#pragma unroll
+  for (int n = 0; n < P; ++n) {
+    const RandomWords w = random_words(p.seed, uint32_t((j + 8 * n) / 4 + t / 2), i, head);
+    const uint32_t theirs0 = __shfl_xor_sync(kAllLanes, t % 2 ? w.x[0] : w.x[2], 1);
+    const uint32_t theirs1 = __shfl_xor_sync(kAllLanes, t % 2 ? w.x[1] : w.x[3], 1);
+    const uint32_t words[4] = {t % 2 ? theirs0 : w.x[0], t % 2 ? theirs1 : w.x[1], t % 2 ? w.x[2] : theirs0,
+                               t % 2 ? w.x[3] : theirs1};
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (words[e] < p.drop_below) x[n][e] = 0;
+  }
+}
+
+// Sums of a warp's 16 M rows, those at g and at g + 8 of each 16 in this lane, under the maxima m of their
+// scores, which are in units of `factor` in base 2. l has this lane's columns only.
+template <int M, int N> struct RowSums {
+  float out[M][N][4], m[M][2], l[M][2];
+
+  FASTLM_DEVICE RowSums() {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      m[i][0] = m[i][1] = -kInfinity;
+      l[i][0] = l[i][1] = 0;
+#pragma unroll
+      for (int n = 0; n < N; ++n) out[i][n][0] = out[i][n][1] = out[i][n][2] = out[i][n][3] = 0;
+    }
+  }
+};
+
+// Rescales the sums to the new maxima, and turns scores into weights, which are added to l.
+template <int M, int N, int P>
+FASTLM_DEVICE void softmax_piece(RowSums<M, N>& sums, float (&x)[M][P][4], float factor) {
+  float alpha[M][2];
+  bool same = true;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = sums.m[m][half];
+#pragma unroll
+      for (int n = 0; n < P; ++n) top = fmaxf(top, fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
+      top = warp_max<4>(top);
+      const float shift = top == -kInfinity ? 0 : top * factor;  // of a row that has seen no key: 0
+      alpha[m][half] = exp2_fast(sums.m[m][half] * factor - shift);
+      same = same && alpha[m][half] == 1;
+      sums.m[m][half] = top;
+      float l = sums.l[m][half] * alpha[m][half];
+#pragma unroll
+      for (int n = 0; n < P; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          x[m][n][e] = exp2_fast(x[m][n][e] * factor - shift);
+          l += x[m][n][e];
+        }
+      }
+      sums.l[m][half] = l;
+    }
+  }
+  if (__all_sync(kAllLanes, same)) return;  // maxima change seldom behind the first keys
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums.out[m][n][e] *= alpha[m][e / 2];
+    }
+  }
+}
+
+// ---- results -------------------------------------------------------------------------------
+
+// Adds up the sums of the warps that share rows, in their order, in the first. scratch: kJoined floats for
+// each of the others, as [number][lane].
+template <int NUMBERS, int M, int N>
+FASTLM_DEVICE void join_warps(RowSums<M, N>& sums, float* scratch, int row_warps, int key_warps, float factor) {
+  const int warp = warp_index(), part = warp / row_warps;
+  scratch += lane_index();
+  if (part > 0 && part < key_warps) {
+    float* const to = scratch + (warp - row_warps) * NUMBERS;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        store_shared(to + (4 * m + half) * 32, sums.m[m][half]);
+        store_shared(to + (4 * m + 2 + half) * 32, sums.l[m][half]);
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) store_shared(to + (4 * (M + m * N + n) + e) * 32, sums.out[m][n][e]);
+      }
+    }
+  }
+  __syncthreads();
+  if (part > 0) return;
+  for (int w = warp; w < (key_warps - 1) * row_warps; w += row_warps) {
+    const float* const from = scratch + w * NUMBERS;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float mine[2], theirs[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float old = sums.m[m][half], other = load_shared(from + (4 * m + half) * 32);
+        const float top = fmaxf(old, other), shift = top == -kInfinity ? 0 : top * factor;
+        mine[half] = exp2_fast(old * factor - shift);
+        theirs[half] = exp2_fast(other * factor - shift);
+        sums.m[m][half] = top;
+        sums.l[m][half] = sums.l[m][half] * mine[half] + load_shared(from + (4 * m + 2 + half) * 32) * theirs[half];
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          sums.out[m][n][e] = sums.out[m][n][e] * mine[e / 2] +
+                              load_shared(from + (4 * (M + m * N + n) + e) * 32) * theirs[e / 2];
+      }
+    }
+  }
+}
+
+// Stores a warp's rows of the tile, 16 bytes a lane, as those from r of the output.
+template <int ROWS, class T, int COLUMNS>
+FASTLM_DEVICE void store_rows(const AttentionParams& p, const Sequence& s, Tile<T, COLUMNS> tile, int row, int b,
+                              int hkv, int r) {
+  using Vector = Pack<T, kPerVector<T>>;
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+  T* const base = static_cast<T*>(p.out);
+  for (int x = lane_index(); x < ROWS * kChunks; x += 32) {
+    const int at = r + x / kChunks, c = x % kChunks;
+    if (at >= s.Tq * p.group || c * kPerVector<T> >= p.Dv) continue;
+    T* const to = base + offset_of(p.os, b, s.q0, hkv * p.group + at % p.group, at / p.group);
+    store_global(reinterpret_cast<Vector*>(to + c * kPerVector<T>),
+                 load_shared(reinterpret_cast<const Vector*>(tile.chunk(row + x / kChunks, c))));
+  }
+}
+
+// ---- kernels -------------------------------------------------------------------------------
+
+// OPTIONS: mask, slopes, softcap, dropout, or a scale that is not positive; looked at as they are given.
+template <class T, int kD, bool OPTIONS>
+__global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps)
+    attention_forward(const __grid_constant__ ForwardParams p) {
+  using Shape = ForwardShape<T, kD, OPTIONS>;
+  constexpr int kThreads = 32 * Shape::kWarps, kM = Shape::kTiles, kN = kD / 8, kRows = 16 * kM;
+  constexpr int kPiece = Shape::kPiece;
+  const AttentionParams& a = p.a;
+
+  // The last rows of a causal sequence see the most keys: these blocks go first.
+  int64_t x = blockIdx.x;
+  const int split = int(x % p.splits);
+  x /= p.splits;
+  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % p.blocks)) * block_rows;
+  x /= p.blocks;
+  const int hkv = int(x % a.Hkv), b = int(x / a.Hkv);
+  const Sequence s = sequence_of(a, b);
+  const int rows = s.Tq * a.group;
+  const KeySplits splits = splits_of(p, s.Tk);
+  if (first >= rows || split >= splits.count) return;
+
+  // Pieces of keys: those of the block, and those that this warp's rows see.
+  const int lo = split * splits.keys, hi = s.Tk - lo > splits.keys ? lo + splits.keys : s.Tk;
+  const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+  const int part = warp / p.row_warps, warp_row = warp % p.row_warps * kRows, r = first + warp_row;
+  const bool working = part < p.key_warps && r < rows;
+  const auto pieces_of = [&](int from, int n) {
+    const int last = from + n < rows ? from + n - 1 : rows - 1;
+    return key_blocks<kPiece>(s, from / a.group, last / a.group, lo, hi);
+  };
+  const KeyBlocks all = pieces_of(first, block_rows), mine = pieces_of(working ? r : first, kRows);
+
+  Tile<T, kD> q{reinterpret_cast<T*>(shared_memory())};
+  T* const ring = q.data + block_rows * kD;
+  const int tile_size = p.key_warps * kPiece * kD;
+  const auto k_tile = [&](int stage) { return Tile<T, kD>{ring + 2 * stage * tile_size}; };
+  const auto v_tile = [&](int stage) { return Tile<T, kD>{ring + (2 * stage + 1) * tile_size}; };
+  const auto fetch = [&](Tile<T, kD> tile, const HeadStrides& at, const void* from, int columns, int n) {
+    for (int i = 0; i < p.key_warps && n + i < all.end; ++i) {
+      copy_keys<kPiece, kThreads>(a, s, at, tile, from, b, hkv, (n + i) * kPiece, columns);
+      tile.data += kPiece * kD;
+    }
+    cp_async_commit();
+  };
+  const auto fetch_k = [&](int n, int stage) { fetch(k_tile(stage), a.ks, a.k, a.D, n); };
+  const auto fetch_v = [&](int n, int stage) { fetch(v_tile(stage), a.vs, a.v, a.Dv, n); };
+  copy_queries<kThreads>(a, s, q, b, hkv, first, block_rows);
+  for (int stage = 0; stage < p.stages; ++stage) {
+    if (stage > 0) fetch_v(all.begin + (stage - 1) * p.key_warps, stage - 1);
+    fetch_k(all.begin + stage * p.key_warps, stage);
+  }
+
+  Row row[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    row[m][0] = row_of(a, s, b, hkv, r + 16 * m + g);
+    row[m][1] = row_of(a, s, b, hkv, r + 16 * m + g + 8);
+  }
+  const float factor = OPTIONS ? 1 : a.scale * kLog2e;
+  RowSums<kM, kN> sums;
+  int stage = 0;
+  for (int n = all.begin; n < all.end; n += p.key_warps) {
+    const int piece = n + part, start = piece * kPiece + 2 * t;
+    const bool busy = working && piece >= mine.begin && piece < mine.end;
+    const int before = stage == 0 ? p.stages - 1 : stage - 1, ahead = (p.stages - 1) * p.key_warps;
+    float scores[kM][kPiece / 8][4] = {};
+
+    wait_for_tile(p.stages);
+    fetch_v(n + ahead, before);
+    if (busy) {
+      multiply_rows<kD>(scores, q, warp_row, k_tile(stage), part * kPiece);
+      if (OPTIONS || piece < mine.full_begin || piece >= mine.full_end) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int c = 0; c < kPiece / 8; ++c) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float cap, &score = scores[m][c][e];
+              const int j = start + 8 * c + e % 2;
+              if (OPTIONS) score = logit<T, true>(a, s, row[m][e / 2], j, score, &cap);
+              if (!sees(s, row[m][e / 2].i, j)) score = -kInfinity;
+            }
+          }
+        }
+      }
+      softmax_piece(sums, scores, factor);
+      if (OPTIONS && a.dropout) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m) drop(a, row[m][0], row[m][1], b, piece * kPiece, scores[m]);
+      }
+    }
+
+    wait_for_tile(p.stages);
+    fetch_k(n + ahead + p.key_warps, stage);
+    if (busy) multiply_registers(sums.out, scores, v_tile(stage), part * kPiece, 0);
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
+  }
+  cp_async_wait<0>();  // of Q, where no key is seen
+  __syncthreads();
+
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    sums.l[m][0] = warp_sum<4>(sums.l[m][0]);
+    sums.l[m][1] = warp_sum<4>(sums.l[m][1]);
+  }
+  if (p.key_warps > 1)
+    join_warps<kJoined<kM, kD>>(sums, reinterpret_cast<float*>(ring), p.row_warps, p.key_warps, factor);
+  if (!working || part > 0) return;
+
+  const int64_t partial = ((int64_t(b) * a.Hkv + hkv) * p.splits + split) * p.rows_most + r;
+  float lse = 0;  // of row r + lane
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = 16 * m + 8 * half + g;
+      const float* const sink = a.sinks && p.splits == 1 ? a.sinks + row[m][half].head : nullptr;
+      const Normaliser norm = normalise(sums.m[m][half] * factor, sums.l[m][half], sink);
+      const float scale = norm.scale * a.keep_scale, theirs = __shfl_sync(kAllLanes, norm.lse, lane % 8 * 4);
+      if (lane / 8 == 2 * m + half) lse = theirs;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float left = sums.out[m][n][2 * half] * scale, right = sums.out[m][n][2 * half + 1] * scale;
+        const int column = 8 * n + 2 * t;
+        if (p.splits == 1)
+          store_shared(reinterpret_cast<Pack<T, 2>*>(q.at(warp_row + at, column)),
+                       Pack<T, 2>{narrow<T>(left), narrow<T>(right)});
+        else if (r + at < rows && column < a.Dv)
+          store_global(reinterpret_cast<float2*>(p.part_out + (partial + at) * a.Dv + column), make_float2(left, right));
+      }
+    }
+  }
+  const int at = r + lane;
+  if (p.splits > 1) {
+    if (lane < kRows && at < rows) p.part_lse[partial + lane] = lse;
+    return;
+  }
+  if (lane < kRows && at < rows)
+    a.lse[b * a.lse_b + (hkv * a.group + at % a.group) * a.lse_h + s.q0 + at / a.group] = lse * kLn2;
+  __syncwarp();
+  store_rows<kRows>(a, s, q, warp_row, b, hkv, r);
+}
+
+}  // namespace fastlm::cuda
