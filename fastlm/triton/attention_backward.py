@@ -310,7 +310,9 @@ def _configs(
         return [config(32, 64, 8, 2)]
     if MASK or SOFTCAP or DROPOUT:  # these need registers
         return [config(32, 64, 8 if DROPOUT else 4, 2)]
-    return [config(64, 128, 8, 2), config(32, 64, 4, 2)]
+    # Without wgmma the products' factors stand in registers too, and 64 rows leave none.
+    rows = 64 if target.arch in (90, 100) else 32
+    return [config(rows, 128, 8, 2), config(32, 64, 4, 2)]
 
 
 def _dq_configs(target, dtype, **constants) -> list[Config]:
