@@ -104,21 +104,26 @@ FASTLM_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 #if __CUDA_ARCH__ < 800
-// m16n8k16 by shuffles and multiply-adds, for the type that Turing's tensor cores lack.
+// m16n8k16 by shuffles and multiply-adds, for the type that Turing's tensor cores lack. Not unrolled: kernels
+// have hundreds of these products.
 FASTLM_DEVICE void mma_without_tensor_cores(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = threadIdx.x % 32, row = lane & ~3, column = (lane % 4) * 8;
+#pragma unroll 1
+  for (int pair = 0; pair < 4; ++pair) {
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    const int from = (k % 8) / 2, half = k % 2 ? 0 : 16;
-    const auto value = [&](uint32_t x, int lane_of) {
-      return __uint_as_float((__shfl_sync(~0u, x, lane_of) << half) & 0xffff0000u);
-    };
-    const float up = value(k < 8 ? a[0] : a[2], row + from), down = value(k < 8 ? a[1] : a[3], row + from);
-    const float left = value(k < 8 ? b0 : b1, column + from), right = value(k < 8 ? b0 : b1, column + 4 + from);
-    c[0] += up * left;
-    c[1] += up * right;
-    c[2] += down * left;
-    c[3] += down * right;
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t b = half ? b1 : b0;
+      const uint32_t up = __shfl_sync(~0u, a[2 * half], row + pair), down = __shfl_sync(~0u, a[2 * half + 1], row + pair);
+      const uint32_t left = __shfl_sync(~0u, b, column + pair), right = __shfl_sync(~0u, b, column + 4 + pair);
+#pragma unroll
+      for (int shift = 16; shift >= 0; shift -= 16) {
+        const auto value = [&](uint32_t x) { return __uint_as_float((x << shift) & 0xffff0000u); };
+        c[0] += value(up) * value(left);
+        c[1] += value(up) * value(right);
+        c[2] += value(down) * value(left);
+        c[3] += value(down) * value(right);
+      }
+    }
   }
 }
 #endif
@@ -194,13 +199,12 @@ FASTLM_DEVICE unsigned char* shared_memory() {
 // What other blocks have written, past this multiprocessor's own cache.
 template <class V> FASTLM_DEVICE V load_fresh(const V* p) { return __ldcg(p); }
 
-// All blocks of a cooperative launch meet; what was written before is seen after it by load_fresh.
-// arrived: a counter in global memory, 0 at the launch, that nobody else touches; round: how many times
-// the blocks have met, from 0.
-FASTLM_DEVICE void grid_barrier(uint32_t* arrived, uint32_t round) {
+// `blocks` blocks of a cooperative launch meet; what was written before is seen after it.
+// arrived: their counter in global memory, 0 at the launch, that nobody else touches; round: how many times
+// they have met, from 0. Plain loads are right behind it: what the first thread acquires holds for its block.
+FASTLM_DEVICE void grid_barrier(uint32_t* arrived, uint32_t round, uint32_t blocks) {
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
-    const uint32_t blocks = gridDim.x * gridDim.y * gridDim.z;
     __threadfence();
     atomicAdd(arrived, 1u);
     uint32_t seen;
