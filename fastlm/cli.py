@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -373,7 +374,7 @@ def bench(
 def info(
     kernels: Annotated[
         bool,
-        typer.Option(help="Compile the Triton kernels for GPUs, here or not, and show what becomes of them."),
+        typer.Option(help="Compile the kernels for GPUs, here or not, and show what becomes of them."),
     ] = False,
 ) -> None:
     """Versions, threads, instruction sets and backends, with the reason for each that is
@@ -401,36 +402,44 @@ def info(
 
 
 def _show_kernels() -> None:
-    """A line for each Triton kernel, target and configuration."""
-    from fastlm import triton
-
-    if not triton.installed():
-        raise ValueError("--kernels needs Triton (pip install triton)")
-    if triton.INTERPRETING:
-        raise ValueError("--kernels compiles, which Triton's interpreter does not: unset TRITON_INTERPRET")
-    from fastlm.triton import targets
+    """A line for each CUDA and Triton kernel, target and configuration, or why there are none."""
+    from fastlm import targets
 
     console.print()
-    heads = (
-        "target",
-        "kernel",
-        "configuration",
-        "registers",
-        "spills",
-        "shared",
-        "occupancy",
-        "tensor",
-        "sample",
-    )
-    layout = "{:<7} {:<22} {:<44} {:>9} {:>6} {:>7} {:>9} {:>6}  {}"
-    console.print(layout.format(*heads), soft_wrap=True, markup=False)
-    for target in targets.TARGETS:
-        for row in targets.table(target):
-            values = (
-                row.target, row.kernel, row.config, row.registers, row.spills, row.shared,
-                f"{row.occupancy:.0%}", row.tensor, row.sample,
-            )  # fmt: skip
-            console.print(layout.format(*values), soft_wrap=True, markup=False)
+    console.print(targets.HEAD, soft_wrap=True, markup=False)
+    for family, tables in (("CUDA", _cuda_kernels), ("Triton", _triton_kernels)):
+        try:
+            for row in tables():
+                console.print(targets.line(row), soft_wrap=True, markup=False)
+        except targets.Unavailable as error:
+            console.print(f"{family}: {error}", soft_wrap=True, markup=False)
+
+
+def _cuda_kernels() -> Iterator:
+    from fastlm import targets
+
+    folder = Path(__file__).parents[1] / "tests"
+    if not (folder / "cuda_targets.py").is_file():
+        raise targets.Unavailable(
+            "the kernels' source is part of the source folder, not of the installed package"
+        )
+    sys.path.insert(0, str(folder))
+    import cuda_targets
+
+    yield from cuda_targets.table(cuda_targets.ALL)
+
+
+def _triton_kernels() -> Iterator:
+    from fastlm import targets, triton
+
+    if not triton.installed():
+        raise targets.Unavailable("is not installed (pip install triton)")
+    if triton.INTERPRETING:
+        raise targets.Unavailable("its interpreter compiles nothing: unset TRITON_INTERPRET")
+    from fastlm.triton.targets import COMPILED_FOR, table
+
+    for target in COMPILED_FOR:
+        yield from table(target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""The CUDA kernels as a backend: on a GPU by the tables of cases, and everywhere what is said of their absence.
+tests/simt runs their source on the CPU."""
+
+import pytest
+import torch
+from cases import OPERATORS
+from harness import compare, on_device, run
+from test_operators import ALL, bits, name_of, names, only_in
+
+import fastlm
+from fastlm import cuda, ops
+
+reason = cuda.missing()
+on_gpu = pytest.mark.skipif(reason is not None, reason=f"no CUDA kernels here: {reason}")
+
+
+def runnable(pairs):
+    for operator, case in pairs:
+        for dtype in case.dtypes:
+            if not cuda.no_kernel(operator.name, torch.empty(1, dtype=dtype)):
+                name = f"{names([(operator, case)])[0]}-{name_of(dtype)}"
+                yield pytest.param(operator, case, dtype, id=name)
+
+
+@on_gpu
+@pytest.mark.parametrize("operator, case, dtype", list(runnable(ALL)) if reason is None else [])
+def test_matches_reference(operator, case, dtype):
+    only_in(case, dtype)
+    with fastlm.use_backend("cuda"):
+        compare(operator, case, dtype, device=torch.device("cuda"))
+
+
+@on_gpu
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_same_bits_again(operator):
+    """On the largest case for each of the types."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = max(
+            (c for c in operator.cases if dtype in c.dtypes and not c.random), key=lambda c: size(c, dtype)
+        )
+        results = []
+        with fastlm.use_backend("cuda"):
+            for _ in range(3):
+                outputs, gradients, _ = run(
+                    operator.function, on_device(operator, case.build(dtype, 0), "cuda"), 0
+                )
+                results.append(outputs + gradients)
+        for again in results[1:]:
+            for a, b in zip(results[0], again, strict=True):
+                assert torch.equal(bits(a), bits(b))
+
+
+def size(case, dtype):
+    return sum(x.numel() for x in case.build(dtype, 0)[0] if isinstance(x, torch.Tensor))
+
+
+@on_gpu
+def test_runs_in_a_graph():
+    """A captured call gives what a direct one gives: nothing waits for the device on the way."""
+    q = torch.randn(2, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
+    x, target = torch.randn(64, 500, device="cuda"), torch.randint(500, (64,), device="cuda")
+
+    def calls():
+        out = fastlm.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return out, fastlm.cross_entropy(x, target)
+
+    with fastlm.use_backend("cuda"), torch.no_grad():
+        expected = calls()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = calls()
+        graph.replay()
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- as a backend --------------------------------------------------------------------------
+
+
+class Library:
+    """Stands in for libfastlm_cuda.so."""
+
+    driver = 13000
+
+    def fastlm_cuda_version(self):
+        return 13000
+
+    def fastlm_cuda_driver_version(self):
+        return self.driver
+
+    def fastlm_cuda_archs(self):
+        return b"75;80;90"
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """A build with CUDA kernels, on a machine that the test describes."""
+    (tmp_path / "libfastlm_cuda.so").touch()
+    monkeypatch.setattr(cuda, "_path", tmp_path / "libfastlm_cuda.so")
+    monkeypatch.setattr(cuda, "_library", Library())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    return monkeypatch
+
+
+def test_what_is_there_is_noted(built):
+    assert cuda.missing() is None
+    assert cuda.note() == "CUDA 13.0 kernels for sm_75, sm_80, sm_90, on Some GPU"
+
+
+@pytest.mark.parametrize(
+    "owner, name, value, message",
+    (
+        (cuda, "_path", cuda._path.with_name("none.so"), "this build of fastlm has no CUDA kernels"),
+        (torch.version, "cuda", None, "torch here is built without CUDA"),
+        (cuda, "_library", None, "can't be loaded"),
+        (Library, "driver", 0, "no NVIDIA driver here"),
+        (Library, "driver", 12040, "the driver here serves CUDA 12.4, the kernels were built with CUDA 13.0"),
+        (torch.cuda, "is_available", lambda: False, "no GPU here"),
+        (torch.cuda, "get_device_capability", lambda i: (7, 0), "for sm_75, sm_80, sm_90, the GPU here is sm_70"),
+    ),
+    ids=("not-built", "torch-without", "not-loaded", "no-driver", "old-driver", "no-gpu", "other-gpu"),
+)  # fmt: skip
+def test_reasons_for_its_absence(built, owner, name, value, message):
+    built.setattr(owner, name, value)
+    assert message in ops.missing_backends()["cuda"]
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' is not available: .*{message}"):
+        fastlm.use_backend("cuda")
+
+
+def test_gpus_that_it_serves(built):
+    """Those of the generations built for, not older ones of it, and all that are newer."""
+    asked = [(7, 0), (7, 2), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)]
+    assert [x for x in asked if cuda.serves(x)] == asked[2:]
+    built.setattr(Library, "fastlm_cuda_archs", lambda self: b"86;90")
+    assert [x for x in asked if cuda.serves(x)] == asked[4:]
+
+
+def test_triton_serves_what_it_lacks(built):
+    """An operator is served by the first family that has it, backward included."""
+    built.setattr(cuda, "operators", frozenset({"gru_layer", "gru_layer_backward", "cross_entropy"}))
+    built.setattr(ops.triton, "installed", lambda: True)
+    assert ops._on_gpu("gru") == ops._on_gpu("gru_cell") == "cuda"
+    assert ops._on_gpu("cross_entropy") == ops._on_gpu("varlen_attn") == "triton"
+    assert cuda.refuses("varlen_attn", torch.empty(1)) == "no varlen_attention_forward in this build"
+    built.setattr(ops.triton, "installed", lambda: False)
+    assert ops._on_gpu("varlen_attn") == "eager"
+
+
+@pytest.mark.parametrize(
+    "function, shape, dtype, message",
+    (
+        ("scaled_dot_product_attention", (1, 1, 3, 64), torch.float64, "float64"),
+        ("varlen_attn", (3, 1, 257), torch.float16, "head size 257"),
+        ("gru", (3, 4, 5), torch.float64, "float64"),
+        ("gru_cell", (4, 5), torch.float64, "float64"),
+    ),
+    ids=("attention-float64", "large-head", "gru-float64", "cell-float64"),
+)
+def test_refusals_are_named(built, function, shape, dtype, message):
+    built.setattr(cuda, "operators", frozenset(ops.triton.MODULES))
+    assert message in cuda.refuses(function, torch.empty(shape, dtype=dtype))
+    assert cuda.refuses("cross_entropy", torch.empty(shape, dtype=dtype)) is None
+
+
+def test_the_tables_name_all_operators():
+    assert set(ops.OPERATORS) == set(ops.ON_GPU) == set(cuda.NEEDED)
+    assert {x for operators in ops.OPERATORS.values() for x in operators} == set(ops.triton.MODULES)
