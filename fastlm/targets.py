@@ -59,6 +59,10 @@ def occupancy(target: Target, registers: int, warps: int, shared: int) -> float:
     return blocks * warps / target.warps
 
 
+class Unavailable(Exception):
+    """Kernels can't be compiled here, or their binaries not be read."""
+
+
 class Row(NamedTuple):
     """registers: of a thread. spills: bytes of local memory of a thread, or registers on AMD. shared:
     bytes of a block. occupancy: share of the warps that a multiprocessor can hold. tensor, wide:
