@@ -108,23 +108,31 @@ class Device {
 
 #else
 
-// A small device: grids are divided as on a large one, with little work each.
 class Device {
  public:
   Device(const Tensor&, const char*) {}
-  int multiprocessors = 4;
-  size_t shared_bytes = 99 * 1024;
+  int multiprocessors = simt::gpu.multiprocessors;
+  size_t shared_bytes = simt::gpu.shared_bytes;
 
   template <class P> void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
-    simt::launch(grid, dim3(unsigned(threads)), shared, false, [&] { kernel(params); });
+    run(kernel, grid, threads, shared, params, false);
   }
   template <class P>
   void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
-    simt::launch(grid, dim3(unsigned(threads)), shared, true, [&] { kernel(params); });
+    run(kernel, grid, threads, shared, params, true);
   }
-  template <class P> int blocks_at_once(void (*)(P), int, size_t) { return multiprocessors; }
+  template <class P> int blocks_at_once(void (*)(P), int, size_t shared) {
+    return shared <= shared_bytes ? multiprocessors : 0;
+  }
   void zero(void* data, size_t bytes) { __builtin_memset(data, 0, bytes); }
   void copy_in(void* to, const void* from, size_t bytes) { __builtin_memcpy(to, from, bytes); }
+
+ private:
+  template <class P>
+  void run(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params, bool together) {
+    const auto name = reinterpret_cast<const void*>(kernel);
+    simt::launch(grid, dim3(unsigned(threads)), shared, together, [&] { kernel(params); }, name);
+  }
 };
 
 #endif

@@ -1,0 +1,129 @@
+"""The CUDA kernels' own source on the CPU: importing this adds the backend "cuda-host".
+
+    import tests.simt
+    with fastlm.use_backend("cuda-host"):
+        fastlm.gru(...)  # on CPU tensors, by csrc/cuda
+
+The kernels are compiled by the C++ compiler against a model of a CUDA device (simt.h), which rejects what
+a GPU leaves undefined, and counts bank conflicts and sectors. FASTLM_SIMT_SEED chooses the order in which
+threads run; FASTLM_SIMT_LIBRARY names another build of the library, as the sanitizers' tests do.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastlm import ops, triton
+from tests.simt.build import build, library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Built and loaded when it is first needed, which registers the operators."""
+    path = os.environ.get("FASTLM_SIMT_LIBRARY") or build("plain", library())
+    torch.ops.load_library(path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.simt_counts.restype = ctypes.c_char_p
+    loaded.simt_seed.argtypes = (ctypes.c_uint64,)
+    loaded.simt_count.argtypes = (ctypes.c_bool,)
+    loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t)
+    loaded.simt_listed.restype = ctypes.c_char_p
+    return loaded
+
+
+def seed(value: int) -> None:
+    """Chooses the order of threads from now on."""
+    _library().simt_seed(value)
+
+
+class Count(NamedTuple):
+    """What the accesses of a warp at one line of the source came to, over all launches of a kernel."""
+
+    kernel: str
+    file: str
+    line: int
+    memory: str  # "shared" or "global"
+    requests: int
+    conflicts: int  # turns of a bank beyond those that the access takes anyway
+    sectors: int  # of 32 bytes
+    fewest_sectors: int
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[Count]]:
+    """Gives a list that holds, after the block, the counts of the launches in it."""
+    counts: list[Count] = []
+    _library().simt_forget_counts()
+    _library().simt_count(True)
+    try:
+        yield counts
+    finally:
+        _library().simt_count(False)
+        for line in _library().simt_counts().decode().splitlines():
+            kernel, file, at, memory, *numbers = line.split("\t")
+            counts.append(Count(kernel, Path(file).name, int(at), memory, *map(int, numbers)))
+
+
+class Launch(NamedTuple):
+    """What a launcher asked for."""
+
+    kernel: str  # mangled
+    threads: int  # of a block
+    shared: int  # bytes of a block
+
+
+@contextlib.contextmanager
+def listing(multiprocessors: int, shared_bytes: int) -> Iterator[set[Launch]]:
+    """Gives a set that holds, after the block, the launches in it: on a GPU of so many multiprocessors, of
+    whose shared memory a block may use so much. No kernel runs, so results are what memory held."""
+    launches: set[Launch] = set()
+    _library().simt_list(multiprocessors, shared_bytes)
+    try:
+        yield launches
+    finally:
+        for line in _library().simt_listed().decode().splitlines():
+            kernel, threads, shared = line.split("\t")
+            launches.add(Launch(kernel, int(threads), int(shared)))
+
+
+# ---- as a backend, see fastlm.ops ----
+
+
+def __getattr__(name: str):
+    if name != "MODULES":
+        raise AttributeError(name)
+    _library()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {x: "csrc/cuda" for x in triton.MODULES if has(f"fastlm_cuda_host::{x}", "CPU")}
+
+
+def missing() -> str | None:
+    return None
+
+
+def note() -> str:
+    return "CUDA kernels in a model of a GPU, for tests"
+
+
+def devices() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def refuses(function: str, tensor: torch.Tensor) -> str | None:
+    if tensor.dtype == torch.float64 and "cross_entropy" not in function:
+        return "no kernel for torch.float64"
+    return None
+
+
+def kernel(operator: str) -> Callable:
+    return getattr(torch.ops.fastlm_cuda_host, operator).default
+
+
+ops.FAMILIES["cuda-host"] = sys.modules[__name__]

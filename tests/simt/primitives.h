@@ -1,0 +1,141 @@
+// The primitives of device.cuh for a C++ compiler. Fragments are laid out as the PTX ISA has them for
+// ldmatrix and mma.m16n8k16; cp.async copies at the wait, and leaves NaNs until then.
+#pragma once
+#include "model.h"
+
+namespace fastlm::cuda {
+
+struct alignas(2) bf16 { uint16_t bits; };
+struct alignas(2) f16 { uint16_t bits; };
+
+// ---- conversions ---------------------------------------------------------------------------
+
+inline float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+inline float widen(f16 x) {
+  const uint32_t bits = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t finite = __float_as_uint(__uint_as_float(bits) * 0x1p112f);  // subnormal ones too
+  return __uint_as_float(sign | (bits >= 0x0f800000 ? bits | 0x7f800000 : finite));
+}
+
+inline void narrow_to(bf16& y, float x) {
+  const uint32_t bits = __float_as_uint(x);
+  y.bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fff);
+}
+inline void narrow_to(f16& y, float x) {
+  const uint32_t bits = __float_as_uint(x), size = bits & 0x7fffffff;
+  uint32_t h = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+  if (size < 0x38800000) h = __float_as_uint(__uint_as_float(size) + 0.5f) - 0x3f000000;  // subnormal
+  if (size >= 0x477ff000) h = 0x7c00;
+  y.bits = x == x ? uint16_t((bits >> 16 & 0x8000) | h) : uint16_t(0x7fff);
+}
+
+template <class T> inline uint32_t pack(float low, float high, T) {
+  T a, b;
+  narrow_to(a, low);
+  narrow_to(b, high);
+  return uint32_t(b.bits) << 16 | a.bits;
+}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
+
+// ---- matrix instructions -------------------------------------------------------------------
+
+template <bool TRANSPOSED> inline void simt_ldmatrix(uint32_t (&r)[4], const void* row, simt::Site at) {
+  simt::check_shared(row, 16, at);
+  struct Operand { uint32_t* r; const void* row; } own{r, row};
+  simt::meet({simt::Op::load_matrix, ~0u, &own, at}, [at](const simt::Call* calls) {
+    const void* rows[32];
+    for (int lane = 0; lane < 32; ++lane) rows[lane] = static_cast<Operand*>(calls[lane].operand)->row;
+    if (simt::counting) simt::count_matrix(rows, at);
+    for (int i = 0; i < 4; ++i) {
+      uint16_t x[8][8];
+      for (int j = 0; j < 8; ++j) __builtin_memcpy(x[j], rows[8 * i + j], 16);
+      for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = 2 * (lane % 4);
+        const uint16_t low = TRANSPOSED ? x[t][g] : x[g][t], high = TRANSPOSED ? x[t + 1][g] : x[g][t + 1];
+        static_cast<Operand*>(calls[lane].operand)->r[i] = uint32_t(high) << 16 | low;
+      }
+    }
+  });
+}
+inline void ldmatrix(uint32_t (&r)[4], const void* row, SIMT_HERE) { simt_ldmatrix<false>(r, row, at); }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row, SIMT_HERE) { simt_ldmatrix<true>(r, row, at); }
+
+template <class T>
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T, SIMT_HERE) {
+  struct Operand { float* c; const uint32_t* a; uint32_t b[2]; } own{c, a, {b0, b1}};
+  simt::meet({simt::Op::mma, ~0u, &own, at}, [](const simt::Call* calls) {
+    using Four = float __attribute__((vector_size(16)));
+    struct Row { Four left, right; float& operator[](int n) { return reinterpret_cast<float*>(this)[n]; } };
+    const auto value = [](uint32_t x, int i) { return widen(T{uint16_t(x >> 16 * i)}); };
+    float a[16][16];
+    Row b[16], c[16];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operand& x = *static_cast<const Operand*>(calls[lane].operand);
+      const int g = lane / 4, t = 2 * (lane % 4);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) a[g + j % 2 * 8][t + j / 2 * 8 + i] = value(x.a[j], i);
+        for (int j = 0; j < 2; ++j) b[t + j * 8 + i][g] = value(x.b[j], i);
+        c[g][t + i] = x.c[i];
+        c[g + 8][t + i] = x.c[2 + i];
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      Four left = c[row].left, right = c[row].right;
+      for (int k = 0; k < 16; ++k) {
+        left += a[row][k] * b[k].left;
+        right += a[row][k] * b[k].right;
+      }
+      c[row] = {left, right};
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operand& x = *static_cast<const Operand*>(calls[lane].operand);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) x.c[j] = c[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
+    }
+  });
+}
+
+// ---- memory --------------------------------------------------------------------------------
+
+inline void cp_async(void* shared, const void* global, bool valid, SIMT_HERE) {
+  simt::start_copy(shared, global, valid, at);
+}
+inline void cp_async_commit() { ++simt::self->groups; }
+template <int PENDING> inline void cp_async_wait() { simt::wait_for_copies(PENDING); }
+
+template <class V> inline constexpr bool kIsVector = sizeof(V) <= 16 && (sizeof(V) & (sizeof(V) - 1)) == 0;
+
+template <class V> inline void simt_access(simt::Memory memory, const V* p, simt::Site at) {
+  static_assert(kIsVector<V>, "accesses are of 1, 2, 4, 8 or 16 bytes");
+  memory == simt::Memory::shared ? simt::check_shared(p, sizeof(V), at) : simt::check_global(p, sizeof(V), at);
+  if (simt::counting) simt::count(memory, p, sizeof(V), at);
+}
+template <class V> inline V load_global(const V* p, SIMT_HERE) {
+  simt_access(simt::Memory::global, p, at);
+  return *p;
+}
+template <class V> inline void store_global(V* p, V value, SIMT_HERE) {
+  simt_access(simt::Memory::global, p, at);
+  *p = value;
+}
+template <class V> inline V load_shared(const V* p, SIMT_HERE) {
+  simt_access(simt::Memory::shared, p, at);
+  return *p;
+}
+template <class V> inline void store_shared(V* p, V value, SIMT_HERE) {
+  simt_access(simt::Memory::shared, p, at);
+  *p = value;
+}
+template <class V> inline V load_fresh(const V* p, SIMT_HERE) { return load_global(p, at); }
+
+inline unsigned char* shared_memory() { return simt::self->warp->block->shared; }
+
+inline void grid_barrier(uint32_t* arrived, uint32_t round, uint32_t blocks, SIMT_HERE) {
+  simt::meet_grid(arrived, round, blocks, at);
+}
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,340 @@
+// The device behind simt.h: launches, what is checked of them and of meetings, and the words for errors.
+// A program has it once. SIMT_THREADS chooses the scheduler.
+#include "simt.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "count.h"
+
+namespace simt {
+namespace {
+
+constexpr size_t kMostShared = 227 * 1024, kGuard = 64;  // bytes; the guard behind the block's memory
+constexpr unsigned char kPoison = 0xff;                  // a NaN of every type
+
+uint64_t random_state = 1;
+
+// In [0, n), n below 2^32: xorshift.
+uint32_t draw(uint32_t n) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return uint32_t((random_state >> 32) * n >> 32);
+}
+
+void seed(uint64_t x) { random_state = x * 0x9E3779B97F4A7C15u | 1; }
+
+const bool seeded = [] {
+  const char* const x = std::getenv("FASTLM_SIMT_SEED");
+  seed(x ? std::strtoull(x, nullptr, 10) : 0);
+  return true;
+}();
+
+uint64_t volume(dim3 x) { return uint64_t(x.x) * x.y * x.z; }
+
+uint3 place(uint64_t i, dim3 in) {
+  return {unsigned(i % in.x), unsigned(i / in.x % in.y), unsigned(i / in.x / in.y)};
+}
+
+std::string words(uint3 x) {
+  return "(" + std::to_string(x.x) + ", " + std::to_string(x.y) + ", " + std::to_string(x.z) + ")";
+}
+
+std::string words(Site at) {
+  const char* const slash = std::strrchr(at.file_name(), '/');
+  return std::string(slash ? slash + 1 : at.file_name()) + ":" + std::to_string(at.line());
+}
+
+std::string words(const Call& call) {
+  std::string s = name_of(call.op);
+  char mask[32];
+  std::snprintf(mask, sizeof(mask), " of lanes %08x", call.mask);
+  return s + (call.mask ? mask : "") + " (" + words(call.at) + ")";
+}
+
+bool same(const Call& a, const Call& b) {
+  if (a.op != b.op || a.mask != b.mask) return false;
+  if (!std::memcmp(&a.at, &b.at, sizeof(Site))) return true;
+  return a.at.line() == b.at.line() && !std::strcmp(a.at.file_name(), b.at.file_name());
+}
+
+// The kernel's name where the function has one that can be looked up.
+std::string name_of(const void* entry) {
+  Dl_info info;
+  if (!entry || !dladdr(entry, &info) || !info.dli_sname || info.dli_saddr != entry) return "kernel";
+  const std::unique_ptr<char, void (*)(void*)> readable(
+      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr), std::free);
+  std::string name = readable ? readable.get() : info.dli_sname;
+  if (const size_t end = name.rfind('('); end != std::string::npos) name.resize(end);
+  for (const std::string word : {"void ", "fastlm::cuda::", "(anonymous namespace)::"})
+    for (size_t i; (i = name.find(word)) != std::string::npos;) name.erase(i, word.size());
+  return name;
+}
+
+std::string listed;
+
+// A line: the kernel's mangled name, threads of a block, bytes of shared memory.
+void list(const void* entry, uint64_t threads, size_t shared) {
+  Dl_info info{};
+  dladdr(entry, &info);
+  const std::string name = info.dli_sname ? info.dli_sname : "?";
+  listed += name + '\t' + std::to_string(threads) + '\t' + std::to_string(shared) + '\n';
+}
+
+// Where the threads of the blocks that exist stand, when none of them can go on.
+std::string describe() {
+  std::map<std::string, int> states;
+  for (const Block& block : current->blocks)
+    for (const Lane& lane : block.lanes) {
+      const bool ended = lane.warp->ended & lane.bit;
+      const Call& call = lane.warp->calls[std::countr_zero(lane.bit)];
+      ++states[ended ? "returned from the kernel" : "waiting at " + words(call)];
+    }
+  std::string s = "threads wait for others that do not come:";
+  for (const auto& [state, threads] : states)
+    s += (s.back() == ':' ? " " : ", ") + std::to_string(threads) + " " + state;
+  return s;
+}
+
+void begin(Block& block, uint64_t index) {
+  const uint32_t threads = uint32_t(volume(current->block));
+  block.index = place(index, current->grid);
+  block.warps = std::vector<Warp>((threads + 31) / 32);
+  block.lanes.resize(threads);
+  for (uint32_t w = 0; w < block.warps.size(); ++w) {
+    block.warps[w].block = &block;
+    block.warps[w].index = w;
+    block.warps[w].present = threads - 32 * w >= 32 ? ~0u : (1u << threads % 32) - 1;
+  }
+  for (uint32_t i = 0; i < threads; ++i) {
+    Lane& lane = block.lanes[i];
+    lane.warp = &block.warps[i / 32];
+    lane.index = place(i, current->block);
+    lane.bit = 1u << i % 32;
+    lane.copies.clear();
+    lane.groups = 0;
+    lane.atomic = nullptr;
+    lane.fenced = false;
+  }
+#ifdef __SANITIZE_ADDRESS__
+  constexpr size_t kBehind = 0;  // the sanitizer's own guard stands there
+#else
+  constexpr size_t kBehind = kGuard;
+#endif
+  if (!block.shared) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 128, current->shared + kBehind)) throw std::bad_alloc();
+    block.shared = static_cast<unsigned char*>(p);
+  }
+  std::memset(block.shared, kPoison, current->shared + kBehind);
+}
+
+// When all threads of the block have returned.
+void end(Block& block) {
+  if (counting)
+    for (Warp& warp : block.warps) flush_counts(warp);
+#ifndef __SANITIZE_ADDRESS__
+  for (size_t i = 0; i < kGuard; ++i)
+    if (block.shared[current->shared + i] != kPoison)
+      throw Error("simt: " + current->name + ": block " + words(block.index) +
+                  " has written behind the end of its shared memory");
+#endif
+}
+
+void run_lane() {
+  current->kernel(current->context);
+  if (!self->copies.empty()) fail("returns with copies under way that it never waited for");
+}
+
+}  // namespace
+
+const char* name_of(Op op) {
+  constexpr const char* kNames[] = {"nothing", "__syncthreads", "grid_barrier", "__syncwarp",
+                                    "a shuffle", "a vote", "ldmatrix", "mma"};
+  return kNames[int(op)];
+}
+
+void fail(const std::string& what, Site at) {
+  throw Error("simt: " + current->name + ": block " + words(self->warp->block->index) + ", thread " +
+              words(self->index) + ": " + what + (at.line() ? " (" + words(at) + ")" : ""));
+}
+
+void check_lanes(const Warp& warp, uint32_t mask, const Call& mine) {
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    if (!same(warp.calls[lane], mine))
+      fail("lanes diverge: this one is at " + words(mine) + ", lane " + std::to_string(lane) + " at " +
+               words(warp.calls[lane]),
+           mine.at);
+  }
+}
+
+namespace {
+
+void check_block(const Block& block, const Call& mine) {
+  for (const Lane& lane : block.lanes) {
+    const Call& other = lane.warp->calls[std::countr_zero(lane.bit)];
+    if (!same(other, mine))
+      fail("threads diverge: this one is at " + words(mine) + ", thread " + words(lane.index) + " at " +
+               words(other),
+           mine.at);
+  }
+}
+
+}  // namespace
+
+void meet_block(Site at) {
+  Warp& warp = *self->warp;
+  Block& block = *warp.block;
+  const Call& mine = warp.calls[std::countr_zero(self->bit)] = {Op::syncthreads, 0, nullptr, at};
+#ifdef SIMT_THREADS
+  const uint32_t phase = block.meeting.phase.load(std::memory_order_relaxed);
+  if (block.meeting.arrive(1) != block.lanes.size()) return wait(block.meeting, phase);
+#else
+  if (block.meeting.arrive(1) != block.lanes.size()) return wait();
+#endif
+  check_block(block, mine);
+  if (counting)
+    for (Warp& w : block.warps) flush_counts(w);
+  release_block(block);
+}
+
+// The last thread of a block to arrive meets the other blocks, then releases its own.
+void meet_grid(uint32_t* counter, uint32_t round, uint32_t blocks, Site at) {
+  if (!current->together) fail("grid_barrier in a launch whose blocks do not run together", at);
+  Warp& warp = *self->warp;
+  Block& block = *warp.block;
+  struct Operand { uint32_t* counter; uint64_t terms; } own{counter, uint64_t(round) << 32 | blocks};
+  const Call& mine = warp.calls[std::countr_zero(self->bit)] = {Op::grid, 0, &own, at};
+#ifdef SIMT_THREADS
+  const uint32_t phase = block.meeting.phase.load(std::memory_order_relaxed);
+  if (block.meeting.arrive(1) != block.lanes.size()) return wait(block.meeting, phase);
+#else
+  if (block.meeting.arrive(1) != block.lanes.size()) return wait();
+#endif
+  check_block(block, mine);
+  for (const Lane& lane : block.lanes) {
+    const auto& x = *static_cast<Operand*>(lane.warp->calls[std::countr_zero(lane.bit)].operand);
+    if (x.counter != counter || x.terms != own.terms) fail("threads of a block meet on other terms", at);
+  }
+  if (counting)
+    for (Warp& w : block.warps) flush_counts(w);
+
+  // Nothing here orders blocks that meet at different counters.
+  GridMeeting* meeting = nullptr;
+  for (GridMeeting& m : current->meetings) {
+    uint32_t* there = nullptr;
+    if (m.counter.compare_exchange_strong(there, counter, std::memory_order_relaxed) || there == counter) {
+      meeting = &m;
+      break;
+    }
+  }
+  if (!meeting) fail("more counters of grid_barrier than blocks", at);
+  uint64_t terms = 0;
+  if (!meeting->terms.compare_exchange_strong(terms, own.terms, std::memory_order_relaxed) && terms != own.terms)
+    fail("blocks meet at one counter in different rounds, or as different numbers of blocks", at);
+#ifdef SIMT_THREADS
+  const uint32_t grid_phase = meeting->meeting.phase.load(std::memory_order_relaxed);
+  if (meeting->meeting.arrive(1) != blocks) {
+    wait(meeting->meeting, grid_phase);
+    return release_block(block);
+  }
+#else
+  if (meeting->meeting.arrive(1) != blocks) {
+    meeting->waiting.push_back(self);
+    wait();
+    return release_block(block);
+  }
+#endif
+  if (*counter != blocks * round)
+    fail("the barrier's counter is " + std::to_string(*counter) + " where round " + std::to_string(round) +
+             " of " + std::to_string(blocks) + " blocks ends",
+         at);
+  *counter += blocks;
+  meeting->terms.store(0, std::memory_order_relaxed);
+  release_grid(*meeting, blocks);
+  release_block(block);
+}
+
+void start_copy(void* to, const void* from, bool valid, Site at) {
+  check_shared(to, 16, at);
+  if (uintptr_t(from) % 16) fail("the source of a copy is misaligned", at);
+  if (counting) count(Memory::shared, to, 16, at);
+  if (counting && valid) count(Memory::global, from, 16, at);
+  std::memset(to, kPoison, 16);
+  self->copies.push_back({to, valid ? from : nullptr, self->groups});
+}
+
+void wait_for_copies(uint32_t pending) {
+  std::vector<Copy>& copies = self->copies;
+  size_t done = 0;
+  for (; done < copies.size() && copies[done].group + pending < self->groups; ++done) {
+    const Copy& x = copies[done];
+    x.from ? std::memcpy(x.to, x.from, 16) : std::memset(x.to, 0, 16);
+  }
+  copies.erase(copies.begin(), copies.begin() + ptrdiff_t(done));
+}
+
+}  // namespace simt
+
+#ifdef SIMT_THREADS
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
+
+namespace simt {
+
+void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry, void (*kernel)(void*),
+         void* context) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  Launch launch{grid, block, shared, together, kernel, context, name_of(entry), {}, {}};
+  launch.meetings = std::vector<GridMeeting>(together ? volume(grid) : 0);
+  const auto require = [&](bool holds, const char* what) {
+    if (!holds) throw Error("simt: " + launch.name + ": " + what);
+  };
+  require(volume(block) >= 1 && volume(block) <= 1024, "a block has 1 to 1024 threads");
+  require(shared <= kMostShared, "more shared memory than any GPU's block can have");
+  require(grid.x < 1u << 31 && grid.y <= 65535 && grid.z <= 65535, "the grid is too large");
+  if (!volume(grid)) return;
+  if (gpu.listing) return list(entry, volume(block), shared);
+
+  struct Scope {
+    explicit Scope(Launch& launch) {
+      current = &launch;
+      gridDim = launch.grid;
+      blockDim = launch.block;
+    }
+    ~Scope() {
+      for (Block& b : current->blocks) std::free(b.shared);
+      current = nullptr;
+      self = nullptr;
+    }
+  } scope(launch);
+  schedule(launch);
+}
+
+}  // namespace simt
+
+SIMT_API void simt_seed(uint64_t seed) { simt::seed(seed); }
+
+// From now on launchers see such a GPU, and their launches are listed; simt_listed() ends that.
+SIMT_API void simt_list(int multiprocessors, size_t shared_bytes) {
+  simt::listed.clear();
+  simt::gpu = {multiprocessors, shared_bytes, true};
+}
+SIMT_API const char* simt_listed() {
+  simt::gpu = {};
+  return simt::listed.c_str();
+}
