@@ -60,6 +60,11 @@ inline void check_shape(const Tensor& t, std::initializer_list<int64_t> want, co
                   expected, ")");
 }
 
+inline void check_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), "fastlm::", op,
+                  ": ", name, " is on another device than input");
+}
+
 inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
                               dtype);
