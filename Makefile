@@ -3,6 +3,8 @@
 # make bench [ARGS=...]             run the benchmarks
 # make gpu-check [ARGS=...]         on a machine with a GPU: all tests, then the benchmarks, and one report;
 #                                   with PYTHON=, a Python that has torch, triton and pytest: needs no network
+# make cuda-targets [ARGS=sm_80]    compile the CUDA kernels for every GPU they are for, here or not, and print what
+#                                   became of them; needs nvcc
 # make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
 # Each sets up .venv and builds the extension first where that has not been done.
@@ -13,7 +15,7 @@ DEPENDENCIES := .venv/.dependencies
 LIBRARY := .venv/.library
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench gpu-check sanitize lint clean
+.PHONY: setup train test bench gpu-check cuda-targets sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -43,9 +45,13 @@ bench: setup
 	$(PY) -m fastlm bench $(ARGS)
 
 # In the Python it is given, where that has what is needed: packages for GPUs are large, and often chosen with care.
+# Builds the CUDA kernels where nvcc is found; else takes a fastlm/libfastlm_cuda.so that was built elsewhere.
 gpu-check:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+cuda-targets: setup
+	$(PY) tests/cuda_targets.py $(ARGS)
 
 sanitize: setup
 	$(PY) tests/native/run.py
@@ -55,4 +61,4 @@ lint: setup
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv build dist *.egg-info fastlm/libfastlm.so
+	rm -rf .venv build dist *.egg-info fastlm/libfastlm*.so

@@ -1,13 +1,15 @@
 """`make gpu-check`: all tests, then the benchmarks, on a machine with a GPU, and one report of both.
 
-The report (report.md, with a chart for each operator) has the device, the versions, the tests' outcome,
-the compiled kernels, and for each shape the time and the peak memory of every contender that is here:
-eager PyTorch (cuDNN for the GRU), torch.compile, fastlm, and flash-attn and Liger where installed.
+The report (report.md, with a chart for each operator) has the device, the versions, the backends, the
+tests' outcome, the compiled kernels, and for each shape the time and the peak memory of every contender that
+is here: eager PyTorch (cuDNN for the GRU), torch.compile, fastlm as it chooses, fastlm on each other family
+of kernels, and flash-attn and Liger where installed.
 The contenders take turns, timed by the device's events; each result is compared with the reference first.
 Needs no network, and no package beyond torch, triton and pytest; charts need matplotlib and rich.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -28,6 +30,7 @@ from benchmarks import ROOT
 from benchmarks.measure import Measurement, Timing, check
 from benchmarks.training_step import TrainingStep
 from benchmarks.workloads import FASTLM, OperatorProblem, Workload, workloads
+from fastlm import ops
 
 FLASH, LIGER = "flash-attn", "Liger"
 ROUNDS, ROUND_SECONDS = 20, 0.01
@@ -56,6 +59,8 @@ def _liger_linear(input, linear_weight, target):
     return liger_fused_linear_cross_entropy(input, linear_weight, target)
 
 
+# contender -> the family of kernels that it forces
+FORCED = {"fastlm cuda": "cuda", "fastlm triton": "triton"}
 # (operator, contender) -> its package and its function on the operator's arguments
 OTHERS = {
     ("scaled_dot_product_attention", FLASH): ("flash_attn", _flash),
@@ -75,16 +80,27 @@ class DeviceProblem(OperatorProblem):
 
     def function(self, contender: str) -> Callable:
         other = OTHERS.get((self.operator.name, contender))
+        if contender in FORCED:
+            contender = FASTLM
         return super().function(contender) if other is None else other[1]
 
 
-def contenders(workload: Workload) -> list[str]:
+def contenders(workload: Workload, device: torch.device) -> list[str]:
+    sample = torch.empty(1, dtype=workload.dtype, device=device)
+    chosen, missing = ops.choose_backend(workload.operator, sample), ops.missing_backends()
+    families = [name for name, family in FORCED.items() if family != chosen and family not in missing]
     others = [
         name
         for (operator, name), (package, _) in OTHERS.items()
         if operator == workload.operator and importlib.util.find_spec(package)
     ]
-    return [*workload.contenders, *others]
+    return [*workload.contenders, *families, *others]
+
+
+def on_family(contender: str) -> contextlib.AbstractContextManager:
+    """Where a contender's calls are made, backward included. Outside of what is timed: changing the family
+    takes longer than a small call."""
+    return fastlm.use_backend(FORCED[contender]) if contender in FORCED else contextlib.nullcontext()
 
 
 # ---- measuring -----------------------------------------------------------------------------
@@ -154,19 +170,21 @@ def measure(workload: Workload, device: torch.device) -> list[Measurement]:
     dtype = str(workload.dtype).removeprefix("torch.")
     measured = []
     for kind in problem.kinds:
-        timings = {name: Timing() for name in contenders(workload)}
+        timings = {name: Timing() for name in contenders(workload, device)}
         calls, times = {}, {}
         for name, timing in timings.items():
             call = problem.call(name, kind)
-            timing.problem = check(call, truth, workload.dtype)
-            if timing.problem is None:
-                calls[name] = call
-                times[name] = max(1, int(ROUND_SECONDS / max(1e-6, timed(call, 1, device))))
-                timing.memory = extra_memory(call, device)
+            with on_family(name):
+                timing.problem = check(call, truth, workload.dtype)
+                if timing.problem is None:
+                    calls[name] = call
+                    times[name] = max(1, int(ROUND_SECONDS / max(1e-6, timed(call, 1, device))))
+                    timing.memory = extra_memory(call, device)
         names = list(calls)
         for turn in range(ROUNDS):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                timings[name].seconds.append(timed(calls[name], times[name], device))
+                with on_family(name):
+                    timings[name].seconds.append(timed(calls[name], times[name], device))
         measured.append(
             Measurement(workload.operator, workload.shape, dtype, kind, *problem.floor[kind], timings)
         )
@@ -195,6 +213,13 @@ def facts(device: torch.device) -> dict[str, str]:
             name = importlib.metadata.packages_distributions().get(package, [package])[0]
             versions.append(f"{name} {importlib.metadata.version(name)}")
     found["versions"] = ", ".join(versions)
+    missing = ops.missing_backends()
+    for name in ("cuda", "triton"):
+        found[f"backend {name}"] = (
+            f"missing: {missing[name]}" if name in missing else ops.backend_notes()[name]
+        )
+    serving = {function: ops._native[device.type].get(function) for function in ops.OPERATORS}
+    found["fastlm chooses"] = ", ".join(f"{name} for {function}" for function, name in serving.items())
     found["time"] = time.strftime("%Y-%m-%d %H:%M:%S")
     return found
 
