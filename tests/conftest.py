@@ -66,3 +66,12 @@ def triton_device(monkeypatch):
         _patch_helpers_once(monkeypatch)
     with fastlm.use_backend("triton"):
         yield torch.device(fastlm.triton.devices()[0])
+
+
+@pytest.fixture
+def cuda_host():
+    """Runs the test on the CUDA kernels, in a model of a GPU."""
+    import tests.simt  # noqa: F401 - adds the backend
+
+    with fastlm.use_backend("cuda-host"):
+        yield torch.device("cpu")

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import Case, Operator
+from cases import Case, Draw, Operator
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+
+import fastlm
+from fastlm import reference
 
 # Ulps of the largest value that a result may be off whatever eager's error: another order of
 # summation in fp64 and fp32, one more rounding in the storage types. The fp64 reference is
@@ -175,3 +178,63 @@ def _failure(what, dtype, actual, eager, truth, scale, generated) -> list[str]:
     if mine <= bound:
         return []
     return [f"{what}: error {mine:.3g} > {bound:.3g} (eager {theirs:.3g}, scale {scale:.3g}, {dtype})"]
+
+
+# ---- what every family for GPUs is asked besides -------------------------------------------
+
+
+def bits(x):
+    """Integer view, so that NaN equals NaN and 0.0 differs from -0.0."""
+    widths = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    return x.detach().contiguous().view(widths[x.element_size()]) if x.is_floating_point() else x
+
+
+def case_of(operator: Operator, id: str) -> Case:
+    return next(case for case in operator.cases if case.id == id)
+
+
+def check_layout(operator: Operator, id: str, layout: str, device: torch.device | str) -> None:
+    """The values of a case in another memory layout give the same result."""
+    args, kwargs = case_of(operator, id).build(torch.float32, 0)
+    laid = [Draw.lay(x.detach(), layout).requires_grad_() for x in args], kwargs
+    outputs, gradients, cotangents = run(operator.function, on_device(operator, laid, device), 0)
+    plain = on_device(operator, (args, kwargs), device)
+    expected, expected_gradients, _ = run(operator.function, plain, 0, cotangents)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def check_bits(operator: Operator, id: str, dtype: torch.dtype, device: torch.device | str) -> None:
+    """A case gives the same bits again."""
+    results = []
+    for _ in range(2):
+        arguments = on_device(operator, case_of(operator, id).build(dtype, 0), device)
+        outputs, gradients, _ = run(operator.function, arguments, 0)
+        results.append(outputs + gradients)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+def check_dropout(T: tuple[int, int], device: torch.device | str) -> None:
+    """Kernel and formula drop the same weights, forward and backward, for one state of the generator."""
+    shapes = (1, 2, T[0], 8), (1, 1, T[1], 8), (1, 1, T[1], 8)
+    inputs = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    results = []
+    for function in (fastlm.scaled_dot_product_attention, reference.scaled_dot_product_attention):
+        torch.manual_seed(7)
+        out = function(*inputs, dropout_p=0.4, is_causal=T[0] > 1, enable_gqa=True)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def check_pages(device: torch.device | str) -> None:
+    """Pages of a size that no block is a multiple of, a table with room to spare, and keys in splits."""
+    q, pool = torch.randn(2, 4, 8), torch.randn(500, 7, 2, 8)
+    table = torch.randperm(500)[:400].view(2, 200).to(torch.int32)
+    at, used = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([1393, 8], dtype=torch.int32)
+    arguments = [x.to(device) for x in (q, pool, pool, at)]
+    options = dict(enable_gqa=True, seqused_k=used.to(device), block_table=table.to(device))
+    torch.testing.assert_close(
+        fastlm.varlen_attn(*arguments, None, 1, 1400, **options),
+        reference.varlen_attn(*arguments, None, 1, 1400, **options),
+    )

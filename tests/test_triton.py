@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
-from cases import DTYPES, OPERATORS, Draw
-from harness import compare, on_device, run
-from test_operators import ALL, bits, name_of, names, only_in
+from cases import OPERATORS
+from harness import check_bits, check_dropout, check_layout, check_pages, compare
+from test_operators import only_in, sampled
 
 import fastlm
 import fastlm.triton
-from fastlm import ops, reference
+from fastlm import ops
 
 pytest.importorskip("triton")
 from fastlm.triton import launch  # noqa: E402
@@ -22,76 +22,29 @@ ATTENTION = OPERATORS["scaled_dot_product_attention"]
 sdpa = fastlm.scaled_dot_product_attention
 
 
-def sampled(pairs):
-    """(operator, case, dtype): all cases in float32. The interpreter takes about a second a case, so the
-    types of 16 bits share the cases between them, and the few that float64 runs on see every fourth."""
-    for i, (operator, case) in enumerate(pairs):
-        for dtype in DTYPES:
-            every, turn = {torch.float64: (4, 0), torch.bfloat16: (2, 0), torch.float16: (2, 1)}.get(
-                dtype, (1, 0)
-            )
-            refused = fastlm.triton.refuses(operator.name, torch.empty(1, dtype=dtype))
-            if i % every == turn and dtype in case.dtypes and not refused:
-                name = f"{names([(operator, case)])[0]}-{name_of(dtype)}"
-                yield pytest.param(operator, case, dtype, id=name)
-
-
-@pytest.mark.parametrize("operator, case, dtype", list(sampled(ALL)))
+@pytest.mark.parametrize("operator, case, dtype", list(sampled(fastlm.triton.refuses)))
 def test_matches_reference(operator, case, dtype, triton_device):
     only_in(case, dtype)
     compare(operator, case, dtype, device=triton_device)
 
 
-def attention_case(id):
-    return next(case for case in ATTENTION.cases if case.id == id)
-
-
 @pytest.mark.parametrize("layout", ("transposed", "strided", "offset"))
 def test_any_memory_layout(layout, triton_device):
-    args, kwargs = attention_case("alibi-batch").build(torch.float32, 0)
-    laid = [Draw.lay(x.detach(), layout).requires_grad_() for x in args], kwargs
-    outputs, gradients, cotangents = run(sdpa, on_device(ATTENTION, laid, triton_device), 0)
-    plain = on_device(ATTENTION, (args, kwargs), triton_device)
-    expected, expected_gradients, _ = run(sdpa, plain, 0, cotangents)
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
+    check_layout(ATTENTION, "alibi-batch", layout, triton_device)
 
 
 @pytest.mark.parametrize("id", ("mask-gradient-heads", "few-queries-splits"))
 def test_same_bits_again(id, triton_device):
-    results = []
-    for _ in range(2):
-        arguments = on_device(ATTENTION, attention_case(id).build(torch.bfloat16, 0), triton_device)
-        outputs, gradients, _ = run(sdpa, arguments, 0)
-        results.append(outputs + gradients)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(bits(a), bits(b))
+    check_bits(ATTENTION, id, torch.bfloat16, triton_device)
 
 
 @pytest.mark.parametrize("T", ((5, 7), (97, 70), (1, 1030)), ids="{0[0]}x{0[1]}".format)
 def test_dropout_follows_the_reference(T, triton_device):
-    """Kernel and formula drop the same weights, forward and backward, for one state of the generator."""
-    shapes = (1, 2, T[0], 8), (1, 1, T[1], 8), (1, 1, T[1], 8)
-    inputs = [torch.randn(s, device=triton_device, requires_grad=True) for s in shapes]
-    results = []
-    for function in (sdpa, reference.scaled_dot_product_attention):
-        torch.manual_seed(7)
-        out = function(*inputs, dropout_p=0.4, is_causal=T[0] > 1, enable_gqa=True)
-        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
-    torch.testing.assert_close(*results)
+    check_dropout(T, triton_device)
 
 
 def test_packed_bias_free_rows_and_pages(triton_device):
-    """Pages of a size that no block is a multiple of, a table with room to spare, and keys in splits."""
-    q, pool = torch.randn(2, 4, 8), torch.randn(500, 7, 2, 8)
-    table = torch.randperm(500)[:400].view(2, 200).to(torch.int32)
-    at, used = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([1393, 8], dtype=torch.int32)
-    arguments = [x.to(triton_device) for x in (q, pool, pool, at)]
-    options = dict(enable_gqa=True, seqused_k=used.to(triton_device), block_table=table.to(triton_device))
-    torch.testing.assert_close(
-        fastlm.varlen_attn(*arguments, None, 1, 1400, **options),
-        reference.varlen_attn(*arguments, None, 1, 1400, **options),
-    )
+    check_pages(triton_device)
 
 
 # ---- as a backend --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlm import ops, triton
+from fastlm import cuda, ops, triton
 from tests.simt.build import build, library
 
 
@@ -96,12 +96,17 @@ def listing(multiprocessors: int, shared_bytes: int) -> Iterator[set[Launch]]:
 # ---- as a backend, see fastlm.ops ----
 
 
-def __getattr__(name: str):
-    if name != "MODULES":
-        raise AttributeError(name)
+@functools.cache
+def _modules() -> dict[str, str]:
     _library()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {x: "csrc/cuda" for x in triton.MODULES if has(f"fastlm_cuda_host::{x}", "CPU")}
+
+
+def __getattr__(name: str):
+    if name == "MODULES":
+        return _modules()
+    raise AttributeError(name)
 
 
 def missing() -> str | None:
@@ -117,9 +122,8 @@ def devices() -> tuple[str, ...]:
 
 
 def refuses(function: str, tensor: torch.Tensor) -> str | None:
-    if tensor.dtype == torch.float64 and "cross_entropy" not in function:
-        return "no kernel for torch.float64"
-    return None
+    lacking = [x for x in ops.OPERATORS[function] if x not in _modules()]
+    return f"no {lacking[0]} in this build" if lacking else cuda.no_kernel(function, tensor)
 
 
 def kernel(operator: str) -> Callable:

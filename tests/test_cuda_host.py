@@ -1,0 +1,70 @@
+"""The CUDA kernels by the tables of cases: their own source, in a model of a GPU on the CPU (tests/simt)."""
+
+import pytest
+import torch
+from cases import OPERATORS
+from harness import check_bits, check_dropout, check_layout, check_pages, compare
+from test_operators import only_in, sampled
+
+import fastlm
+import tests.simt
+from fastlm import cuda, ops
+
+ATTENTION = OPERATORS["scaled_dot_product_attention"]
+sdpa = fastlm.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("operator, case, dtype", list(sampled(cuda.no_kernel)))
+def test_matches_reference(operator, case, dtype, cuda_host):
+    only_in(case, dtype)
+    compare(operator, case, dtype)
+
+
+def test_all_operators_are_there():
+    assert set(tests.simt.MODULES) == set(ops.triton.MODULES)
+
+
+@pytest.mark.parametrize("layout", ("transposed", "strided", "offset"))
+def test_any_memory_layout(layout, cuda_host):
+    check_layout(ATTENTION, "alibi-batch", layout, cuda_host)
+
+
+@pytest.mark.parametrize(
+    "name, id",
+    (
+        ("scaled_dot_product_attention", "mask-gradient-heads"),
+        ("scaled_dot_product_attention", "few-queries-splits"),
+        ("gru", "plain"),
+        ("linear_cross_entropy", "several-blocks"),
+    ),
+)
+def test_same_bits_in_any_order(name, id, cuda_host):
+    """Threads and blocks run in another order each time."""
+    check_bits(OPERATORS[name], id, torch.bfloat16, cuda_host)
+
+
+@pytest.mark.parametrize("T", ((5, 7), (97, 70), (1, 1030)), ids="{0[0]}x{0[1]}".format)
+def test_dropout_follows_the_reference(T, cuda_host):
+    check_dropout(T, cuda_host)
+
+
+def test_packed_bias_free_rows_and_pages(cuda_host):
+    check_pages(cuda_host)
+
+
+def test_runs_the_kernels():
+    """Where the backend is forced, and nowhere else."""
+    x = torch.randn(1, 1, 3, 8)
+    with tests.simt.counting() as counts:
+        with fastlm.use_backend("cuda-host"):
+            sdpa(x, x, x)
+    assert {"attention_forward"} <= {count.kernel.partition("<")[0] for count in counts}
+    with tests.simt.counting() as counts:
+        sdpa(x, x, x)
+    assert not counts
+
+
+def test_refusals_are_named(cuda_host):
+    x = torch.randn(1, 1, 3, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="'cuda-host' is forced.*float64"):
+        sdpa(x, x, x)
