@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../gru_call.h"
@@ -36,14 +37,13 @@ enum class Plan { alone, together, steps };
 template <class S> inline constexpr size_t kAlone = sizeof(S) == 2 ? 96 << 10 : 48 << 10;
 
 // FASTLM_GRU_PLAN forces one of the plans, for tests and measurements.
-inline bool allowed(Plan plan, const char* op) {
-  const char* const forced = std::getenv("FASTLM_GRU_PLAN");
-  if (!forced || !*forced) return true;
-  const char* const names[] = {"alone", "together", "steps"};
-  bool known = false;
-  for (const char* name : names) known = known || !std::strcmp(forced, name);
-  STD_TORCH_CHECK(known, "fastlm::", op, ": FASTLM_GRU_PLAN is ", forced, ", expected alone, together or steps");
-  return !std::strcmp(forced, names[int(plan)]);
+inline std::optional<Plan> forced_plan(const char* op) {
+  const char* const given = std::getenv("FASTLM_GRU_PLAN");
+  if (!given || !*given) return std::nullopt;
+  if (!std::strcmp(given, "alone")) return Plan::alone;
+  if (!std::strcmp(given, "together")) return Plan::together;
+  if (!std::strcmp(given, "steps")) return Plan::steps;
+  STD_TORCH_CHECK(false, "fastlm::", op, ": FASTLM_GRU_PLAN is ", given, ", expected alone, together or steps");
 }
 
 // The walk through one layer in one direction of time: tiles of 8 G rows of weights over K.
@@ -95,12 +95,15 @@ template <class S, int G, int kUnits> struct Walk {
   // of the states: few wide slices move less than many narrow ones, and the widest that keep all
   // multiprocessors busy are taken. More tiles of sequences a block only where slices don't fit otherwise.
   template <class Kernel> void choose(Kernel kernel) {
+    const auto forced = forced_plan(op);
+    const auto allowed = [&](Plan one) { return !forced || forced == one; };
     const auto most = int64_t((device.shared_bytes - Block::kSums) / tile_bytes());
-    if (w.unit_tiles <= most && w.unit_tiles * tile_bytes() <= kAlone<S> && allowed(Plan::alone, op)) {
+    const bool short_read = forced || w.unit_tiles * tile_bytes() <= kAlone<S>;
+    if (w.unit_tiles <= most && short_read && allowed(Plan::alone)) {
       plan = Plan::alone;
       return divide(1, w.unit_tiles);
     }
-    if (allowed(Plan::together, op)) {
+    if (allowed(Plan::together)) {
       plan = Plan::together;
       for (int rows = 1;; rows = std::min(2 * rows, w.row_tiles)) {
         const int64_t slices = device.multiprocessors / (w.D * ceil_div(w.row_tiles, rows));
@@ -112,7 +115,7 @@ template <class S, int G, int kUnits> struct Walk {
         if (rows == w.row_tiles) break;
       }
     }
-    STD_TORCH_CHECK(allowed(Plan::steps, op), "fastlm::", op, ": FASTLM_GRU_PLAN does not fit this call");
+    STD_TORCH_CHECK(allowed(Plan::steps), "fastlm::", op, ": FASTLM_GRU_PLAN does not fit this call");
     plan = Plan::steps;
     const int rows = std::min(w.row_tiles, 4);
     const int64_t tiles = w.unit_tiles * w.D * ceil_div(w.row_tiles, rows);
