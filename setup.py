@@ -218,12 +218,14 @@ def cpu_rules(output):
     return [*lines, f"build {escape(output)}: link {' '.join(objects)}"]
 
 
-def cuda_rules(nvcc, output=None):
+def cuda_rules(nvcc, output=None, names="*"):
     """One object per source, for all GPUs at once, and the library of them. cudart is linked in, libtorch_cuda
-    is not: launchers look up torch's stream in it at run time. Without output only the GPUs' code."""
+    is not: launchers look up torch's stream in it at run time. Without output only the GPUs' code, of some
+    sources where these are named."""
     root = Path(find_torch().__file__).parent
     archs = chosen_archs(nvcc)
-    sources = sorted([*CSRC.glob("cuda/*.cu"), *(CSRC.glob("cuda/*.cpp") if output else ())])
+    sources = sorted(path for name in names.split(",") for path in CSRC.glob(f"cuda/{name}.cu"))
+    sources += sorted(CSRC.glob("cuda/*.cpp")) if output else []
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
@@ -288,16 +290,16 @@ class Build(build_ext):
 class CudaCode(Command):
     """Compiles the CUDA kernels for GPUs, without their launchers: to read what the compiler made of them."""
 
-    user_options = []
+    user_options = [("sources=", None, "names of files in csrc/cuda, as gru,cross_entropy [default: all]")]
 
     def initialize_options(self):
-        pass
+        self.sources = "*"
 
     def finalize_options(self):
         pass
 
     def run(self):
-        ninja(cuda_rules(require_nvcc()))
+        ninja(cuda_rules(require_nvcc(), names=self.sources))
 
 
 class Wheel(bdist_wheel):

@@ -151,7 +151,7 @@ def _lines(option: str, path: Path) -> Iterator[str]:
 
 # mma, wgmma and tcgen05 are HMMA (DMMA), HGMMA and UTCHMMA in machine code.
 _TENSOR = re.compile(r"\b(?:HMMA|DMMA|HGMMA|UTC[A-Z]*MMA)\b")
-_WIDE = re.compile(r"\b(?:LDG|LD)\.E\.[\w.]*128\b|\bLDGSTS\.E\.[\w.]*128\b|\bUTMALDG\b|\bUBLKCP\b")
+_WIDE = re.compile(r"\b(?:LDG|LD)\.E\.[\w.]*128\b|\bLDGSTS\.E\.[\w.]*128\b")
 
 
 def read(path: Path) -> list[Code]:
@@ -164,8 +164,9 @@ def read(path: Path) -> list[Code]:
         elif found := re.search(r"Function : (\S+)", text):
             key = target, found.group(1)
             counts[key] = [0, 0]
-        elif key and ";" in text:
+        elif key and "MMA" in text:
             counts[key][0] += _TENSOR.search(text) is not None
+        elif key and "128" in text:
             counts[key][1] += _WIDE.search(text) is not None
     usage: dict[tuple[str, str], dict[str, int]] = {}
     targets = {target for target, _ in counts}

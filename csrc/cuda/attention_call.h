@@ -265,7 +265,8 @@ template <class F> void with_instance(const AttentionCall& c, const F& f) {
     else f(f16{}, size);
   };
   const int size = std::max(c.p.D, c.p.Dv);
-  if (size <= 32) with_type(std::integral_constant<int, 32>{});
+  if constexpr (!kAllKernels) return f(bf16{}, std::integral_constant<int, 128>{});
+  else if (size <= 32) with_type(std::integral_constant<int, 32>{});
   else if (size <= 64) with_type(std::integral_constant<int, 64>{});
   else if (size <= 128) with_type(std::integral_constant<int, 128>{});
   else with_type(std::integral_constant<int, 256>{});

@@ -246,7 +246,9 @@ template <class F> void with_type(const GruCall& call, const F& f) {
   switch (call.scalar) {
     case ScalarType::Float: return f(float{});
     case ScalarType::BFloat16: return f(bf16{});
-    case ScalarType::Half: return f(f16{});
+    case ScalarType::Half:
+      if constexpr (kAllKernels) return f(f16{});
+      [[fallthrough]];
     default: STD_TORCH_CHECK(false, "fastlm::", call.op, ": input must be float32, bfloat16 or float16");
   }
 }
