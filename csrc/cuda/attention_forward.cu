@@ -77,8 +77,9 @@ void run_forward(AttentionCall& c, const Tensor& q, const Tensor& out, const Ten
   with_instance(c, [&](auto t, auto size) {
     using T = decltype(t);
     constexpr int kD = decltype(size)::value;
-    if (options) launch<T, kD, true>(c, p, device);
-    else launch<T, kD, false>(c, p, device);
+    if constexpr (sizeof(T) == 2)
+      if (!options) return launch<T, kD, false>(c, p, device);
+    launch<T, kD, true>(c, p, device);
   });
 }
 

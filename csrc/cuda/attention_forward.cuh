@@ -23,9 +23,8 @@ template <class T, int kD, bool OPTIONS> struct ForwardShape {
   static constexpr int kWarps = 4, kTiles = kD <= 64 || (kD == 128 && !OPTIONS) ? 2 : 1;
   static constexpr int kPiece = kD <= 64 && !OPTIONS ? 64 : 32;
 };
-template <int kD, bool OPTIONS> struct ForwardShape<float, kD, OPTIONS> {
-  static constexpr int kWarps = kD <= 128 ? 4 : 2, kTiles = kD <= 64 && !OPTIONS ? 2 : 1;
-  static constexpr int kPiece = kD <= 128 ? 32 : 16;
+template <int kD> struct ForwardShape<float, kD, true> {  // its products leave no time to gain without options
+  static constexpr int kWarps = kD <= 128 ? 4 : 2, kTiles = kD <= 64 ? 2 : 1, kPiece = kD <= 128 ? 32 : 16;
 };
 
 // Floats of a warp in join_warps.
@@ -50,13 +49,13 @@ FASTLM_DEVICE void copy_keys(const AttentionParams& p, const Sequence& s, const 
     copy_tile<ROWS, THREADS>(tile, base + offset_of(at, b, s.k0, h, first), at.t, s.Tk - first, columns);
     return;
   }
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
-#pragma unroll 2
-  for (int i = int(threadIdx.x); i < ROWS * kChunks; i += THREADS) {
-    const int row = i / kChunks, c = i % kChunks;
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAtOnce = THREADS / kChunks;
+  const int c = int(threadIdx.x) % kChunks;
+#pragma unroll 4
+  for (int row = int(threadIdx.x) / kChunks; row < ROWS; row += kAtOnce) {
     const bool valid = first + row < s.Tk && c * kPerVector<T> < columns;
-    cp_async(tile.chunk(row, c), valid ? base + key_offset(p, s, at, b, h, first + row) + c * kPerVector<T> : base,
-             valid);
+    const T* const key = valid ? base + key_offset(p, s, at, b, h, first + row) + c * kPerVector<T> : base;
+    cp_async(tile.chunk(row, c), key, valid);
   }
 }
 
@@ -229,7 +228,7 @@ FASTLM_DEVICE void store_rows(const AttentionParams& p, const Sequence& s, Tile<
 
 // OPTIONS: mask, slopes, softcap, dropout, or a scale that is not positive; looked at as they are given.
 template <class T, int kD, bool OPTIONS>
-__global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps)
+__global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps, 2)
     attention_forward(const __grid_constant__ ForwardParams p) {
   using Shape = ForwardShape<T, kD, OPTIONS>;
   constexpr int kThreads = 32 * Shape::kWarps, kM = Shape::kTiles, kN = kD / 8, kRows = 16 * kM;
@@ -265,19 +264,13 @@ __global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps)
   const auto k_tile = [&](int stage) { return Tile<T, kD>{ring + 2 * stage * tile_size}; };
   const auto v_tile = [&](int stage) { return Tile<T, kD>{ring + (2 * stage + 1) * tile_size}; };
   const auto fetch = [&](Tile<T, kD> tile, const HeadStrides& at, const void* from, int columns, int n) {
-    for (int i = 0; i < p.key_warps && n + i < all.end; ++i) {
+    for (int i = 0; i < p.key_warps && n >= all.begin && n + i < all.end; ++i) {
       copy_keys<kPiece, kThreads>(a, s, at, tile, from, b, hkv, (n + i) * kPiece, columns);
       tile.data += kPiece * kD;
     }
     cp_async_commit();
   };
-  const auto fetch_k = [&](int n, int stage) { fetch(k_tile(stage), a.ks, a.k, a.D, n); };
-  const auto fetch_v = [&](int n, int stage) { fetch(v_tile(stage), a.vs, a.v, a.Dv, n); };
   copy_queries<kThreads>(a, s, q, b, hkv, first, block_rows);
-  for (int stage = 0; stage < p.stages; ++stage) {
-    if (stage > 0) fetch_v(all.begin + (stage - 1) * p.key_warps, stage - 1);
-    fetch_k(all.begin + stage * p.key_warps, stage);
-  }
 
   Row row[kM][2];
 #pragma unroll
@@ -287,15 +280,16 @@ __global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps)
   }
   const float factor = OPTIONS ? 1 : a.scale * kLog2e;
   RowSums<kM, kN> sums;
+  // K is `stages` tiles ahead of its use, V one less: the first `stages` turns only copy.
   int stage = 0;
-  for (int n = all.begin; n < all.end; n += p.key_warps) {
+  for (int n = all.begin - p.stages * p.key_warps; n < all.end; n += p.key_warps) {
     const int piece = n + part, start = piece * kPiece + 2 * t;
     const bool busy = working && piece >= mine.begin && piece < mine.end;
-    const int before = stage == 0 ? p.stages - 1 : stage - 1, ahead = (p.stages - 1) * p.key_warps;
+    const int before = stage == 0 ? p.stages - 1 : stage - 1, ahead = n + (p.stages - 1) * p.key_warps;
     float scores[kM][kPiece / 8][4] = {};
 
     wait_for_tile(p.stages);
-    fetch_v(n + ahead, before);
+    fetch(v_tile(before), a.vs, a.v, a.Dv, ahead);
     if (busy) {
       multiply_rows<kD>(scores, q, warp_row, k_tile(stage), part * kPiece);
       if (OPTIONS || piece < mine.full_begin || piece >= mine.full_end) {
@@ -321,7 +315,7 @@ __global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps)
     }
 
     wait_for_tile(p.stages);
-    fetch_k(n + ahead + p.key_warps, stage);
+    fetch(k_tile(stage), a.ks, a.k, a.D, ahead + p.key_warps);
     if (busy) multiply_registers(sums.out, scores, v_tile(stage), part * kPiece, 0);
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }

@@ -21,10 +21,15 @@ template <class T, int COLUMNS> struct Tile {
     constexpr int kTurns = kChunks < 8 ? kChunks : 8;
     return row / (8 / kTurns) % kTurns;
   }
-  // Bytes to a chunk. Those to chunk c ^ x of the row are this ^ 16 x, and rows 8 n further down this +
-  // 8 n kRowBytes: from one offset a loop reaches all others by constants.
+  // Bytes to a chunk. Rows 8 n further down lie 8 n kRowBytes behind.
   static FASTLM_DEVICE uint32_t offset(int row, int c) {
     return uint32_t(row) * kRowBytes + (uint32_t(c) ^ turn(uint32_t(row))) * 16;
+  }
+  // Bytes to chunk c ^ x of a row out of those to c: a loop reaches all chunks by constants. Only the BITS
+  // low bits of c's place differ between lanes, the others are 0 where they are in x.
+  template <int BITS = 3> static FASTLM_DEVICE uint32_t moved(uint32_t offset, uint32_t x) {
+    constexpr uint32_t kLow = (1u << BITS) - 1;
+    return (offset ^ 16 * (x & kLow)) + 16 * (x & ~kLow);
   }
   FASTLM_DEVICE T* behind(uint32_t bytes) const {
     return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(data) + bytes);
@@ -39,16 +44,20 @@ template <class T, int COLUMNS> struct Tile {
 // zeros from row `rows` and from column `columns` (a multiple of a chunk) on. Rows start at 16 bytes.
 template <int ROWS, int THREADS, class T, int COLUMNS>
 FASTLM_DEVICE void copy_tile(Tile<T, COLUMNS> tile, const T* from, int64_t row_stride, int rows, int columns) {
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAtOnce = THREADS / kChunks;
-  static_assert(THREADS % kChunks == 0);
-  const int c = int(threadIdx.x) % kChunks, mine = int(threadIdx.x) / kChunks;
-  const T* next = from + mine * row_stride + c * kPerVector<T>;
-  const bool inside = c * kPerVector<T> < columns;
+  constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAcross = kChunks < THREADS ? kChunks : THREADS;
+  constexpr int kAtOnce = THREADS / kAcross;
+  static_assert(THREADS % kAcross == 0 && kChunks % kAcross == 0);
 #pragma unroll
-  for (int n = 0; n < (ROWS + kAtOnce - 1) / kAtOnce; ++n) {
-    const int row = mine + n * kAtOnce;
-    if (ROWS % kAtOnce == 0 || row < ROWS) cp_async(tile.chunk(row, c), next, inside && row < rows);
-    next += kAtOnce * row_stride;
+  for (int side = 0; side < kChunks / kAcross; ++side) {
+    const int c = side * kAcross + int(threadIdx.x) % kAcross, mine = int(threadIdx.x) / kAcross;
+    const T* next = from + mine * row_stride + c * kPerVector<T>;
+    const bool inside = c * kPerVector<T> < columns;
+#pragma unroll
+    for (int n = 0; n < (ROWS + kAtOnce - 1) / kAtOnce; ++n) {
+      const int row = mine + n * kAtOnce;
+      if (ROWS % kAtOnce == 0 || row < ROWS) cp_async(tile.chunk(row, c), next, inside && row < rows);
+      next += kAtOnce * row_stride;
+    }
   }
 }
 
@@ -66,11 +75,11 @@ FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Til
     for (uint32_t k = 0; k < K / 16; ++k) {
       uint32_t x[M][4];
 #pragma unroll
-      for (int m = 0; m < M; ++m) ldmatrix(x[m], a.behind((in_a ^ 32 * k) + 16 * m * kA));
+      for (int m = 0; m < M; ++m) ldmatrix(x[m], a.behind(a.moved(in_a, 2 * k) + 16 * m * kA));
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
-        ldmatrix(y, b.behind((in_b ^ 32 * k) + 8 * n * kB));
+        ldmatrix(y, b.behind(b.moved(in_b, 2 * k) + 8 * n * kB));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           mma(c[m][n], x[m], y[0], y[1], T{});
@@ -135,7 +144,7 @@ FASTLM_DEVICE void multiply_registers(float (&c)[M][N][4], const float (&p)[M][K
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
-        ldmatrix_transposed(y, b.behind((in_b ^ 16 * n) + 8 * k * kB));
+        ldmatrix_transposed(y, b.behind(b.moved(in_b, n) + 8 * k * kB));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           mma(c[m][n], x[m], y[0], y[1], T{});
@@ -158,7 +167,7 @@ FASTLM_DEVICE void multiply_registers(float (&c)[M][N][4], const float (&p)[M][K
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const uint32_t at = (in_b ^ 16 * (2 * n ^ Tile<T, B>::turn(k))) + k * kB;
+        const uint32_t at = b.template moved<1>(in_b, 2 * n ^ b.turn(k)) + k * kB;
         const Two y = load_shared(reinterpret_cast<const Two*>(b.behind(at)));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
