@@ -32,15 +32,16 @@ CASES = [
 
 
 @pytest.fixture(params=PLANS)
-def plan(request, monkeypatch):
+def plan(request, monkeypatch, cuda_host):
     monkeypatch.setenv("FASTLM_GRU_PLAN", request.param)
-    with fastlm.use_backend("cuda-host"):
-        yield request.param
+    return request.param
 
 
 def dtypes_of(plan, number):
     """The tables' cases are alone in all types; here the types of 16 bits share the cases."""
-    return (torch.float32,) if plan == "alone" else (torch.float32, (torch.bfloat16, torch.float16)[number % 2])
+    if plan == "alone":
+        return (torch.float32,)
+    return torch.float32, (torch.bfloat16, torch.float16)[number % 2]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.id for case in CASES])
@@ -81,7 +82,7 @@ def test_same_bits_in_any_order_of_threads(plan, norm):
         assert torch.equal(a, b)
 
 
-def test_no_steps():
+def test_no_steps(cuda_host):
     """torch refuses these above the operators; the operators take them."""
     ops = torch.ops.fastlm_cuda_host
     x, h, grad = torch.randn(0, 2, 3), torch.randn(1, 2, 8), torch.randn(1, 2, 8)
@@ -106,7 +107,7 @@ def test_no_bank_conflicts_and_full_sectors(plan, dtype):
         assert c.conflicts == 0 and c.sectors == c.fewest_sectors, c
 
 
-def test_unknown_plan(monkeypatch):
+def test_unknown_plan(monkeypatch, cuda_host):
     monkeypatch.setenv("FASTLM_GRU_PLAN", "some")
-    with fastlm.use_backend("cuda-host"), pytest.raises(RuntimeError, match="FASTLM_GRU_PLAN is some"):
+    with pytest.raises(RuntimeError, match="FASTLM_GRU_PLAN is some"):
         fastlm.nn.GRU(3, 8)(torch.zeros(2, 1, 3))
