@@ -177,9 +177,10 @@ FASTLM_DEVICE bool keeps(const AttentionParams& p, int64_t head, int i, int j) {
   return w.x[j % 4] >= p.drop_below;
 }
 
-// Where head h, row t of sequence b lies in a tensor of these strides.
+// Where head h, row t of sequence b lies in a tensor of these strides. Nothing is negative: zeros extend an
+// index to 64 bits, where a sign would take a register.
 FASTLM_DEVICE int64_t offset_of(const HeadStrides& s, int b, int64_t first, int h, int64_t t) {
-  return b * s.b + h * s.h + (first + t) * s.t;
+  return uint32_t(b) * s.b + uint32_t(h) * s.h + (first + t) * s.t;
 }
 // The same of key j, which may lie in a page.
 FASTLM_DEVICE int64_t key_offset(const AttentionParams& p, const Sequence& s, const HeadStrides& at, int b, int h, int j) {

@@ -107,8 +107,8 @@ FASTLM_DEVICE void backward_keys(const AttentionBackwardParams& p) {
   stream_tiles(from, to, p.stages, load, use);
 
   const auto place = [&](auto* base, const HeadStrides& at, int x) {
-    const int j = j0 + warp + x;
-    return j < s.Tk ? base + offset_of(at, b, s.k0, hkv, j) : nullptr;
+    const uint32_t j = j0 + warp + x;
+    return j < uint32_t(s.Tk) ? base + offset_of(at, b, s.k0, hkv, j) : nullptr;
   };
   if (p.parts > 1) {
     if constexpr (DK)

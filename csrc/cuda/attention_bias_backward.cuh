@@ -133,7 +133,7 @@ FASTLM_DEVICE void store_mask_gradient(const AttentionBackwardParams& p, const f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaskThreads) attention_mask_backward(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kMaskThreads, 2) attention_mask_backward(const __grid_constant__ AttentionBackwardParams p) {
   const AttentionParams& a = p.a;
   const Sequence s = sequence_of(a, 0);
   const bool sum_rows = p.mask_Tq < a.Tq, sum_keys = p.mask_Tk < a.Tk;
