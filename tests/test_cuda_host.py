@@ -1,10 +1,12 @@
 """The CUDA kernels by the tables of cases: their own source, in a model of a GPU on the CPU (tests/simt)."""
 
+import collections
+
 import pytest
 import torch
 from cases import OPERATORS
 from harness import check_bits, check_dropout, check_layout, check_pages, compare
-from test_operators import only_in, sampled
+from test_operators import name_of, only_in, sampled
 
 import fastlm
 import tests.simt
@@ -50,6 +52,47 @@ def test_dropout_follows_the_reference(T, cuda_host):
 
 def test_packed_bias_free_rows_and_pages(cuda_host):
     check_pages(cuda_host)
+
+
+# ---- what a profiler would count -----------------------------------------------------------
+
+
+def attention_call(dtype):
+    q, k, v = (torch.randn(1, 1, 130, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+    return sdpa(q, k, v, is_causal=True)
+
+
+def cross_entropy_call(dtype):
+    x = torch.randn(4, 2048, dtype=dtype, requires_grad=True)
+    return fastlm.cross_entropy(x, torch.arange(4))
+
+
+def linear_cross_entropy_call(dtype):
+    x, w = (torch.randn(n, 64, dtype=dtype, requires_grad=True) for n in (16, 256))
+    return fastlm.linear_cross_entropy(x, w, torch.arange(16))
+
+
+def gru_call(dtype):
+    return fastlm.nn.GRU(64, 64, dtype=dtype)(torch.randn(2, 16, 64, dtype=dtype))[0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("call", (attention_call, cross_entropy_call, linear_cross_entropy_call, gru_call))
+def test_no_bank_conflicts_and_full_sectors(call, dtype, cuda_host):
+    """In main loops, which are the lines that make more than a twentieth of a kernel's accesses; where rows
+    are of full sectors."""
+    with tests.simt.counting() as counts:
+        call(dtype).sum().backward()
+    totals = collections.Counter()
+    for count in counts:
+        totals[count.kernel, count.memory] += count.requests
+    main = [x for x in counts if 20 * x.requests > totals[x.kernel, x.memory]]
+    assert len(main) > 1
+    short = [x for x in main if x.conflicts or x.sectors > x.fewest_sectors]
+    assert not short, "\n".join(map(str, short))
+
+
+# ---- as a backend --------------------------------------------------------------------------
 
 
 def test_runs_the_kernels():

@@ -33,7 +33,7 @@ def _library() -> ctypes.CDLL:
     loaded.simt_counts.restype = ctypes.c_char_p
     loaded.simt_seed.argtypes = (ctypes.c_uint64,)
     loaded.simt_count.argtypes = (ctypes.c_bool,)
-    loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t)
+    loaded.simt_gpu.argtypes = loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t)
     loaded.simt_listed.restype = ctypes.c_char_p
     return loaded
 
@@ -69,6 +69,17 @@ def counting() -> Iterator[list[Count]]:
         for line in _library().simt_counts().decode().splitlines():
             kernel, file, at, memory, *numbers = line.split("\t")
             counts.append(Count(kernel, Path(file).name, int(at), memory, *map(int, numbers)))
+
+
+@contextlib.contextmanager
+def gpu(multiprocessors: int, shared_bytes: int) -> Iterator[None]:
+    """Kernels are launched as on a GPU of so many multiprocessors, of whose shared memory a block may use so
+    much."""
+    _library().simt_gpu(multiprocessors, shared_bytes)
+    try:
+        yield
+    finally:
+        _library().simt_gpu(0, 0)
 
 
 class Launch(NamedTuple):
@@ -122,8 +133,8 @@ def devices() -> tuple[str, ...]:
 
 
 def refuses(function: str, tensor: torch.Tensor) -> str | None:
-    lacking = [x for x in ops.OPERATORS[function] if x not in _modules()]
-    return f"no {lacking[0]} in this build" if lacking else cuda.no_kernel(function, tensor)
+    needed = cuda.NEEDED[function]
+    return cuda.no_kernel(function, tensor) if needed in _modules() else f"no {needed} in this build"
 
 
 def kernel(operator: str) -> Callable:

@@ -329,6 +329,11 @@ void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry,
 
 SIMT_API void simt_seed(uint64_t seed) { simt::seed(seed); }
 
+// From now on launchers see such a GPU; or that of the start, if it has no multiprocessors.
+SIMT_API void simt_gpu(int multiprocessors, size_t shared_bytes) {
+  simt::gpu = multiprocessors ? simt::Gpu{multiprocessors, shared_bytes} : simt::Gpu{};
+}
+
 // From now on launchers see such a GPU, and their launches are listed; simt_listed() ends that.
 SIMT_API void simt_list(int multiprocessors, size_t shared_bytes) {
   simt::listed.clear();
