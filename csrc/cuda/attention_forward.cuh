@@ -21,7 +21,7 @@ namespace fastlm::cuda {
 // shared memory hold Q and one stage of a piece.
 template <class T, int kD, bool OPTIONS> struct ForwardShape {
   static constexpr int kWarps = 4, kTiles = kD <= 64 || (kD == 128 && !OPTIONS) ? 2 : 1;
-  static constexpr int kPiece = kD <= 64 && !OPTIONS ? 64 : 32;
+  static constexpr int kPiece = OPTIONS ? (kD <= 128 ? 32 : 16) : (kD <= 64 ? 64 : 32);
 };
 template <int kD> struct ForwardShape<float, kD, true> {  // its products leave no time to gain without options
   static constexpr int kWarps = kD <= 128 ? 4 : 2, kTiles = kD <= 64 ? 2 : 1, kPiece = kD <= 128 ? 32 : 16;

@@ -1,0 +1,49 @@
+"""The CUDA attention kernels where the tables of cases don't reach: every head size, division of warps and of
+keys. On the CPU, in a model of a GPU (tests/simt)."""
+
+import pytest
+import torch
+from cases import OPERATORS, attention, packed
+from harness import compare
+from test_operators import name_of
+
+import fastlm
+
+# Head sizes are padded to 32, 64, 128 and 256. 140 rows: several blocks of each kernel, the last partly filled.
+FORWARD = (
+    attention("rows-64", 1, (2, 1), (70, 90), 64, grad=False, is_causal=True),
+    attention("rows-128", 1, 1, (140, 90), (72, 128), grad=False, window_size=(40, 9)),
+    attention("rows-256", 1, 1, (70, 40), (136, 256), grad=False, is_causal=True),
+    attention("options-64", 1, (2, 1), (70, 70), 64, mask=(70, 70), softcap=5.0, grad=False, return_lse=True),
+    attention("options-128", 1, 1, (70, 40), 128, slopes=(1,), grad=False, window_size=(-1, 3)),
+    attention("options-256", 1, 1, (33, 40), 256, mask=(1, 40), mask_dtype="constant", grad=False),
+    # Rows of one warp and of two: the others take keys.
+    attention("keys-32", 1, (5, 1), (1, 600), 32, sinks=True, grad=False, return_lse=True),
+    attention("keys-64", 1, (33, 1), (1, 200), 64, grad=False),
+    attention("keys-128", 1, (3, 1), (1, 300), 128, softcap=3.0, grad=False),
+    attention("keys-256", 1, 1, (3, 300), 256, is_causal=True, window_size=(100, -1), grad=False),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.id)
+def test_forward(case, dtype, cuda_host):
+    compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_packed_keys_in_splits(dtype, cuda_host):
+    """Some sequences in several splits, one in one, one without keys."""
+    compare(OPERATORS["varlen_attn"], packed("splits", (1, 1, 2, 1), (700, 30, 520, 0), (4, 2), 40, lse=True), dtype)
+
+
+def test_a_sequence_has_its_bits_in_any_batch(cuda_host):
+    q, k, v = torch.randn(3, 4, 16), torch.randn(1350, 2, 16), torch.randn(1350, 2, 16)
+
+    def run(at_q, at_k):
+        offsets = (torch.tensor(at, dtype=torch.int32) for at in (at_q, at_k))
+        return fastlm.varlen_attn(q, k, v, *offsets, 1, 1350, enable_gqa=True)
+
+    together = run((0, 1, 2, 3), (0, 40, 640, 1350))
+    alone = torch.cat([run((i, i + 1), at)[i : i + 1] for i, at in enumerate(((0, 40), (40, 640), (640, 1350)))])
+    assert torch.equal(together, alone)
