@@ -1,20 +1,14 @@
 // Binding of the cross-entropy operators, over logits and linear: layouts, target checks, reductions.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../check.h"
+#include "../loss.h"
 #include "dispatch.h"
 #include "pages.h"
 
 namespace fastlm {
 namespace {
-
-using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-
-enum Reduction : int64_t { kNone, kMean, kSum };  // torch's numbering
 
 // The arguments that every form of the loss has, and the tensors that must outlive its pointers.
 struct Loss {
@@ -29,24 +23,6 @@ struct Loss {
 
   bool probabilities() const { return token.target == nullptr; }
 };
-
-// Strides of [N][C][S] for (C), (N, C) or (N, C, d1, ...), if the trailing dimensions are one.
-bool merged_strides(const Tensor& t, Strides* at) {
-  const int64_t dim = t.dim(), c = dim == 1 ? 0 : 1;
-  *at = {dim == 1 ? 0 : t.stride(0), t.stride(c), dim > 2 ? t.stride(dim - 1) : 0};
-  int64_t inner = 1, last = at->s;
-  bool any = false;
-  for (int64_t i = dim - 1; i >= 2; --i) {
-    if (t.size(i) == 1) continue;
-    if (!any) last = t.stride(i);
-    else if (t.stride(i) != last * inner) return false;
-    any = true;
-    inner *= t.size(i);
-  }
-  at->s = any ? last : 0;
-  if (t.size(c) == 1) at->c = 1;
-  return true;
-}
 
 // Counts what a mean divides by; a target out of range is an error before any work.
 void read_targets(Loss& l) {
@@ -67,30 +43,17 @@ void read_targets(Loss& l) {
 
 // logits: shape (C), (N, C) or (N, C, d1, ...), which the target has too or lacks C of.
 void set_target(Loss& l, const Tensor& target, Ints logits) {
-  const int64_t dim = int64_t(logits.size()), c = dim == 1 ? 0 : 1;
-  if (target.dim() == dim) {
-    for (int64_t i = 0; i < dim; ++i)
-      STD_TORCH_CHECK(target.size(i) == logits[i], "fastlm::", l.op, ": target has shape ",
-                      shape_string(target), ", not that of the logits");
-    check_dtype(target, l.dtype, l.op, "target");
-    l.target = target;
-    if (!merged_strides(*l.target, &l.token.probs_at)) {
-      l.target = fastlm::contiguous(target);
-      merged_strides(*l.target, &l.token.probs_at);
-    }
-    l.token.probs = l.target->const_data_ptr();
-    l.denominator = double(l.N * l.S);
-    return;
+  if (!has_probabilities(target, logits, l.dtype, l.op)) {
+    l.target = fastlm::contiguous(target);
+    return read_targets(l);
   }
-  STD_TORCH_CHECK(target.dim() == dim - 1, "fastlm::", l.op, ": target has shape ",
-                  shape_string(target), ", expected that of the logits without the classes");
-  for (int64_t i = 0, j = 0; i < dim; ++i)
-    if (i != c)
-      STD_TORCH_CHECK(target.size(j++) == logits[i], "fastlm::", l.op, ": target has shape ",
-                      shape_string(target), ", expected that of the logits without the classes");
-  check_dtype(target, ScalarType::Long, l.op, "target");
-  l.target = fastlm::contiguous(target);
-  read_targets(l);
+  l.target = target;
+  if (!merged_strides(*l.target, &l.token.probs_at)) {
+    l.target = fastlm::contiguous(target);
+    merged_strides(*l.target, &l.token.probs_at);
+  }
+  l.token.probs = l.target->const_data_ptr();
+  l.denominator = double(l.N * l.S);
 }
 
 void set_weight(Loss& l, const std::optional<Tensor>& weight) {
@@ -110,13 +73,9 @@ void set_weight(Loss& l, const std::optional<Tensor>& weight) {
 Loss read_loss(const char* op, Ints logits, ScalarType dtype, const Tensor& target,
                const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
                double label_smoothing, double z_loss, double softcap) {
-  Loss l{op, 1, 1, 1, dtype, compute_type(dtype), reduction};
-  const int64_t dim = int64_t(logits.size());
-  STD_TORCH_CHECK(dim >= 1, "fastlm::", op, ": logits without a class dimension");
-  l.N = dim == 1 ? 1 : logits[0];
-  l.C = logits[dim == 1 ? 0 : 1];
-  for (int64_t i = 2; i < dim; ++i) l.S *= logits[i];
-  STD_TORCH_CHECK(reduction >= kNone && reduction <= kSum, "fastlm::", op, ": unknown reduction ", reduction);
+  check_reduction(reduction, op);
+  const auto [N, C, S] = logits_size(op, logits);
+  Loss l{op, N, C, S, dtype, compute_type(dtype), reduction};
   l.token.ignore_index = ignore_index;
   l.token.label_smoothing = label_smoothing;
   l.token.z_loss = z_loss;
@@ -124,14 +83,6 @@ Loss read_loss(const char* op, Ints logits, ScalarType dtype, const Tensor& targ
   set_weight(l, weight);
   set_target(l, target, logits);
   return l;
-}
-
-// Shape of a value per token: that of the logits without the classes.
-std::vector<int64_t> token_shape(Ints logits) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < int64_t(logits.size()); ++i)
-    if (i != (logits.size() == 1 ? 0 : 1)) shape.push_back(logits[i]);
-  return shape;
 }
 
 Tensor new_tensor(const std::vector<int64_t>& size, ScalarType dtype) {
@@ -188,31 +139,6 @@ Tensor finish_loss(const Loss& l, const Tensor& loss, bool full_precision) {
 }
 
 // ---- over logits ----
-
-// Logits as the kernel can read them: classes contiguous, or positions.
-struct Logits {
-  std::optional<Tensor> tensor;
-  Strides at;
-  int64_t N, S;  // a matrix with tokens contiguous is [1][C][N]
-  bool rows;
-};
-
-bool view_logits(const Tensor& t, int64_t N, int64_t S, Logits* v) {
-  v->tensor = t;
-  v->N = N;
-  v->S = S;
-  if (!merged_strides(t, &v->at)) return false;
-  if (S == 1) v->at.s = 1;
-  if (v->at.c == 1) return v->rows = true;
-  v->rows = false;
-  if (S == 1 && N > 1 && v->at.n == 1) {
-    v->at = {0, v->at.c, 1};
-    v->N = 1;
-    v->S = N;
-    return true;
-  }
-  return S > 1 && v->at.s == 1;
-}
 
 void set_logits(CrossEntropyParams& p, const Loss& l, const Tensor& input, Logits* view) {
   if (!view_logits(input, l.N, l.S, view)) view_logits(torch::stable::contiguous(input), l.N, l.S, view);
@@ -318,31 +244,16 @@ struct Linear {
   LinearCrossEntropyParams params{};
 };
 
-// input (D) or (N, D); linear_weight (C, D) or (C, d1, ..., dK, D); linear_bias its shape without D.
 Linear read_linear(const char* op, const Tensor& input, const Tensor& linear_weight,
                    const std::optional<Tensor>& linear_bias) {
   const DType dtype = dtype_of(input, op, "input");
-  const int64_t dim = linear_weight.dim();
-  STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, "fastlm::", op, ": input has shape ", shape_string(input));
-  STD_TORCH_CHECK(dim >= 2 && (dim == 2 || input.dim() == 2), "fastlm::", op, ": linear_weight has shape ",
-                  shape_string(linear_weight));
-  check_dtype(linear_weight, input.scalar_type(), op, "linear_weight");
-  const int64_t D = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(linear_weight.size(dim - 1) == D, "fastlm::", op, ": linear_weight has shape ",
-                  shape_string(linear_weight), ", input ", shape_string(input));
-  std::vector<int64_t> logits;
-  if (input.dim() == 2) logits.push_back(input.size(0));
-  for (int64_t i = 0; i < dim - 1; ++i) logits.push_back(linear_weight.size(i));
-  Linear l{logits, fastlm::contiguous(input), fastlm::contiguous(linear_weight), {}, {}, {}, {}, dtype};
+  Linear l{linear_logits(op, input, linear_weight, linear_bias), fastlm::contiguous(input),
+           fastlm::contiguous(linear_weight), {}, {}, {}, {}, dtype};
   if (linear_bias) {
-    check_dtype(*linear_bias, input.scalar_type(), op, "linear_bias");
-    bool same = linear_bias->dim() == dim - 1;
-    for (int64_t i = 0; same && i < dim - 1; ++i) same = linear_bias->size(i) == linear_weight.size(i);
-    STD_TORCH_CHECK(same, "fastlm::", op, ": linear_bias has shape ", shape_string(*linear_bias));
     l.linear_bias = fastlm::contiguous(*linear_bias);
     l.params.linear_bias = l.linear_bias->const_data_ptr();
   }
-  l.params.D = D;
+  l.params.D = input.size(input.dim() - 1);
   l.params.input = l.input.const_data_ptr();
   l.params.linear_weight = l.linear_weight.const_data_ptr();
   return l;
