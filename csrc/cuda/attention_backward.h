@@ -127,10 +127,10 @@ template <class T, int D, bool OPTIONS, bool SMALL> void run_all(BackwardCall& c
 template <class T, int D> void run_size(BackwardCall& call) {
   const AttentionParams& a = call.p.a;
   const bool options = a.mask_kind != kNoMask || a.slopes || a.softcap > 0 || a.dropout;
-  const bool small = D >= 128 && call.device.shared_bytes < kSmallShared;
+  const bool small = D >= 64 && call.device.shared_bytes < kSmallShared;
   const auto run = [&](auto with_options) {
     if (!small) run_all<T, D, decltype(with_options)::value, false>(call);
-    else if constexpr (kAllKernels) run_all<T, D, decltype(with_options)::value, D >= 128>(call);
+    else if constexpr (kAllKernels) run_all<T, D, decltype(with_options)::value, D >= 64>(call);
   };
   if constexpr (sizeof(T) == 2) {  // float32's multiply-adds leave time for options
     if (!options) return run(std::false_type{});

@@ -72,17 +72,18 @@ template <int SIZE> struct StreamTiles {
 
 // KEYS: keys stay and rows stream, else rows stay. A warp has 16 M of what stays, and 8 N of what streams
 // at a time. Two tiles of 16 share what is read of the other side where registers allow it; OPTIONS, as
-// in `logit`, need some. SMALL: for devices with 64 KiB of shared memory a block.
+// in `logit`, need some. SMALL: for sm_75, from heads of 64 on: a block has 64 KiB of shared memory there,
+// and copies pass through registers.
 template <class T_, int D_, bool KEYS, bool OPTIONS, bool SMALL> struct BackwardShape {
   using T = T_;
   static constexpr int D = D_;
   static constexpr bool kKeys = KEYS, kOptions = OPTIONS, kHalf = sizeof(T) == 2;
   static constexpr int M = kHalf && D <= (KEYS ? 64 : 128) ? 2 : 1;
-  static constexpr int N = (kHalf || D <= 64 ? 4 : 2) / (M == 2 && OPTIONS || SMALL && D == 256 ? 2 : 1);
+  static constexpr int N = (kHalf || D <= 64 ? 4 : 2) / ((M == 2 && OPTIONS) || (SMALL && (kHalf || D == 256)) ? 2 : 1);
   static constexpr int kWarps = (kHalf || D < 256 ? 4 : 2) / (SMALL && D >= 128 ? 2 : 1);
   static constexpr int kStay = 16 * M * kWarps, kStream = 8 * N, kThreads = 32 * kWarps;
 #ifdef __CUDA_ARCH__
-  static constexpr bool kHere = D < 128 || SMALL == (__CUDA_ARCH__ < 800);  // else nobody launches it
+  static constexpr bool kHere = D < 64 || SMALL == (__CUDA_ARCH__ < 800);  // else nobody launches it
 #else
   static constexpr bool kHere = true;
 #endif
@@ -253,7 +254,7 @@ FASTLM_DEVICE void copy_rows(const AttentionBackwardParams& p, const Sequence& s
   const AttentionParams& a = p.a;
   const T* const q_base = static_cast<const T*>(a.q) + offset_of(a.qs, b, s.q0, hkv * a.group, 0);
   const T* const dout_base = static_cast<const T*>(p.dout) + offset_of(p.dos, b, s.q0, hkv * a.group, 0);
-#pragma unroll
+#pragma unroll kCopiesUnrolled
   for (int n = 0; n < (ROWS * kChunks + THREADS - 1) / THREADS; ++n) {
     const int x = int(threadIdx.x) + n * THREADS, row = x / kChunks, c = x % kChunks, column = c * kPerVector<T>;
     if (ROWS * kChunks % THREADS && row >= ROWS) break;
@@ -295,25 +296,28 @@ template <class T, int D, int M, class At>
 FASTLM_DEVICE void store_sums(const float (&c)[M][D / 8][4], float factor, Tile<T, D> tile, int row, int columns,
                               const At& at) {
   using Two = Pack<T, 2>;
-  constexpr int kChunks = Tile<T, D>::kChunks;
-  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  constexpr int kChunks = Tile<T, D>::kChunks, kChunk = kPerVector<T>;
+  const int lane = lane_index(), t = lane % 4;
+  const uint32_t first = tile.offset(row + lane / 4, 2 * t / kChunk) + 2 * t % kChunk * sizeof(T);
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
+      const uint32_t to = tile.moved(first, 8 * n / kChunk) + 16 * m * tile.kRowBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float *const pair = &c[m][n][2 * half];
-        store_shared(reinterpret_cast<Two*>(tile.at(row + 16 * m + g + 8 * half, 8 * n + 2 * t)),
+        const float* const pair = &c[m][n][2 * half];
+        store_shared(reinterpret_cast<Two*>(tile.behind(to + 8 * half * tile.kRowBytes)),
                      Two{{narrow<T>(pair[0] * factor), narrow<T>(pair[1] * factor)}});
       }
     }
   }
   __syncwarp();
+#pragma unroll 2
   for (int n = lane; n < 16 * M * kChunks; n += 32) {
     T* const to = at(n / kChunks);
-    if (to && n % kChunks * kPerVector<T> < columns)
+    if (to && n % kChunks * kChunk < columns)
       store_global(reinterpret_cast<uint4*>(to) + n % kChunks,
                    load_shared(reinterpret_cast<const uint4*>(tile.chunk(row + n / kChunks, n % kChunks))));
   }

@@ -184,6 +184,13 @@ template <int PENDING> FASTLM_DEVICE void cp_async_wait() {
 #endif
 }
 
+// Copies of 16 bytes that a loop unrolls: without cp.async each is in registers on its way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kCopiesUnrolled = 1;
+#else
+inline constexpr int kCopiesUnrolled = 4;
+#endif
+
 // V is a type of 1 to 16 bytes, p aligned to its size. On the CPU these are the accesses that are counted.
 template <class V> FASTLM_DEVICE V load_global(const V* p) { return *p; }
 template <class V> FASTLM_DEVICE void store_global(V* p, V value) { *p = value; }

@@ -52,7 +52,7 @@ FASTLM_DEVICE void copy_tile(Tile<T, COLUMNS> tile, const T* from, int64_t row_s
     const int c = side * kAcross + int(threadIdx.x) % kAcross, mine = int(threadIdx.x) / kAcross;
     const T* next = from + mine * row_stride + c * kPerVector<T>;
     const bool inside = c * kPerVector<T> < columns;
-#pragma unroll
+#pragma unroll kCopiesUnrolled
     for (int n = 0; n < (ROWS + kAtOnce - 1) / kAtOnce; ++n) {
       const int row = mine + n * kAtOnce;
       if (ROWS % kAtOnce == 0 || row < ROWS) cp_async(tile.chunk(row, c), next, inside && row < rows);
@@ -71,7 +71,8 @@ FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Til
     static_assert(K % 16 == 0 && N % 2 == 0);
     const uint32_t in_a = a.offset(row + lane % 16, lane / 16);
     const uint32_t in_b = b.offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-#pragma unroll 4
+    constexpr int kAtOnce = M * N < 16 ? 4 : 2;  // more load fragments that no register is left for
+#pragma unroll kAtOnce
     for (uint32_t k = 0; k < K / 16; ++k) {
       uint32_t x[M][4];
 #pragma unroll
