@@ -71,7 +71,7 @@ FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Til
     static_assert(K % 16 == 0 && N % 2 == 0);
     const uint32_t in_a = a.offset(row + lane % 16, lane / 16);
     const uint32_t in_b = b.offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    constexpr int kAtOnce = M * N < 16 ? 4 : 2;  // more load fragments that no register is left for
+    [[maybe_unused]] constexpr int kAtOnce = M * N < 16 ? 4 : 2;  // for more, registers lack
 #pragma unroll kAtOnce
     for (uint32_t k = 0; k < K / 16; ++k) {
       uint32_t x[M][4];
