@@ -26,7 +26,8 @@ Loss::Loss(Device& device, const char* op, Ints logits, const Tensor& like, cons
       reduction_(options.reduction),
       shape_(token_shape(logits)) {
   check_reduction(reduction_, op);
-  STD_TORCH_CHECK(size.C <= kMostClasses, "fastlm::", op, ": ", size.C, " classes, expected at most ", kMostClasses);
+  STD_TORCH_CHECK(size.C <= kMostClasses, "fastlm::", op, ": ", size.C, " classes, expected at most ",
+                  kMostClasses);
   token.ignore_index = options.ignore_index;
   token.label_smoothing = options.label_smoothing;
   token.z_loss = options.z_loss;

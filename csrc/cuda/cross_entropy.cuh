@@ -57,8 +57,10 @@ template <class S, class A> struct Classes {
     Classes loaded;
     from += A::kVectors ? c : c * stride;
 #pragma unroll
-    for (int i = 0; i < A::kWidth / kPack; ++i)
-      loaded.packs[i] = load_global(reinterpret_cast<const Pack<S, kPack>*>(from + i * (A::kVectors ? kPack : stride)));
+    for (int i = 0; i < A::kWidth / kPack; ++i) {
+      const S* const pack = from + i * (A::kVectors ? kPack : stride);
+      loaded.packs[i] = load_global(reinterpret_cast<const Pack<S, kPack>*>(pack));
+    }
     return loaded;
   }
   FASTLM_DEVICE auto operator[](int j) const { return widen(packs[j / kPack].x[j % kPack]); }
