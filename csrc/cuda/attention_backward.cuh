@@ -122,7 +122,7 @@ FASTLM_DEVICE void backward_keys(const AttentionBackwardParams& p) {
 }
 
 template <class S, bool DK, bool DV>
-__global__ void __launch_bounds__(S::kThreads) attention_backward_keys(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(S::kThreads, 2) attention_backward_keys(const __grid_constant__ AttentionBackwardParams p) {
   if constexpr (S::kHere) backward_keys<S, DK, DV>(p);
 }
 
@@ -203,7 +203,7 @@ template <class S> FASTLM_DEVICE void backward_rows(const AttentionBackwardParam
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::kThreads) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(S::kThreads, 2) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
   if constexpr (S::kHere) backward_rows<S>(p);
 }
 
