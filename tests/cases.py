@@ -165,7 +165,7 @@ def attention(
             kwargs["attn_mask"] = values.float() if mask_dtype == "float32" else values
             kwargs["attn_mask"].requires_grad_(mask_dtype != "constant")
         if slopes is not None:
-            kwargs["alibi_slopes"] = draw.uniform(*slopes, grad=True)
+            kwargs["alibi_slopes"] = draw.uniform(*slopes, grad=grad)
         if sinks:
             kwargs["sinks"] = draw(Hq)
         return tuple(args), kwargs
