@@ -8,6 +8,7 @@ from harness import compare
 from test_operators import name_of
 
 import fastlm
+from tests import simt
 
 # Head sizes are padded to 32, 64, 128 and 256. 140 rows: several blocks of each kernel, the last partly filled.
 FORWARD = (
@@ -47,3 +48,29 @@ def test_a_sequence_has_its_bits_in_any_batch(cuda_host):
     together = run((0, 1, 2, 3), (0, 40, 640, 1350))
     alone = torch.cat([run((i, i + 1), at)[i : i + 1] for i, at in enumerate(((0, 40), (40, 640), (640, 1350)))])
     assert torch.equal(together, alone)
+
+
+# ---- backward ----
+
+# Blocks own 32 to 128 rows or keys, tiles that stream past have 8 to 32.
+BACKWARD = (
+    attention("backward-32", 1, (2, 1), (70, 131), 32, is_causal=True),
+    attention("backward-64", 1, (2, 1), (70, 131), 64, window_size=(40, 0)),
+    attention("backward-128", 1, (2, 1), (35, 70), (72, 128), window_size=(-1, 0)),
+    attention("backward-256", 1, (2, 1), (19, 37), (136, 256), window_size=(-1, 0)),
+    attention("options-64", 1, (2, 1), (35, 131), 64, mask=(2, 35, 131), mask_dtype="same", slopes=(2,), softcap=3.0),
+    attention("options-128", 1, (2, 1), (35, 70), 128, mask=(1, 70), mask_dtype="same", sinks=True, is_causal=True),
+    attention("options-256", 1, 1, (19, 37), 256, mask=(19, 1), mask_dtype="float32", slopes=(1,)),
+    attention("mask-of-one", 2, 2, (70, 66), mask=(1, 1), mask_dtype="same", return_lse=True),
+)
+# Multiprocessors, and shared memory that a block may use. With one, the rows of a block of keys are not shared.
+DEVICES = {"sm_75": (1, 64 << 10), "sm_86": (4, 99 << 10), "sm_90": (64, 227 << 10)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", BACKWARD, ids=lambda case: case.id)
+def test_backward(case, device, cuda_host):
+    turn = BACKWARD.index(case) + list(DEVICES).index(device)
+    with simt.gpu(*DEVICES[device]):
+        for dtype in (torch.float32, (torch.bfloat16, torch.float16)[turn % 2]):
+            compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
