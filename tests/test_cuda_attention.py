@@ -35,7 +35,11 @@ def test_forward(case, dtype, cuda_host):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_packed_keys_in_splits(dtype, cuda_host):
     """Some sequences in several splits, one in one, one without keys."""
-    compare(OPERATORS["varlen_attn"], packed("splits", (1, 1, 2, 1), (700, 30, 520, 0), (4, 2), 40, lse=True), dtype)
+    compare(
+        OPERATORS["varlen_attn"],
+        packed("splits", (1, 1, 2, 1), (700, 30, 520, 0), (4, 2), 40, lse=True),
+        dtype,
+    )
 
 
 def test_a_sequence_has_its_bits_in_any_batch(cuda_host):
@@ -46,7 +50,9 @@ def test_a_sequence_has_its_bits_in_any_batch(cuda_host):
         return fastlm.varlen_attn(q, k, v, *offsets, 1, 1350, enable_gqa=True)
 
     together = run((0, 1, 2, 3), (0, 40, 640, 1350))
-    alone = torch.cat([run((i, i + 1), at)[i : i + 1] for i, at in enumerate(((0, 40), (40, 640), (640, 1350)))])
+    alone = torch.cat(
+        [run((i, i + 1), at)[i : i + 1] for i, at in enumerate(((0, 40), (40, 640), (640, 1350)))]
+    )
     assert torch.equal(together, alone)
 
 
@@ -58,8 +64,12 @@ BACKWARD = (
     attention("backward-64", 1, (2, 1), (70, 131), 64, window_size=(40, 0)),
     attention("backward-128", 1, (2, 1), (35, 70), (72, 128), window_size=(-1, 0)),
     attention("backward-256", 1, (2, 1), (19, 37), (136, 256), window_size=(-1, 0)),
-    attention("options-64", 1, (2, 1), (35, 131), 64, mask=(2, 35, 131), mask_dtype="same", slopes=(2,), softcap=3.0),
-    attention("options-128", 1, (2, 1), (35, 70), 128, mask=(1, 70), mask_dtype="same", sinks=True, is_causal=True),
+    attention(
+        "options-64", 1, (2, 1), (35, 131), 64, mask=(2, 35, 131), mask_dtype="same", slopes=(2,), softcap=3.0
+    ),
+    attention(
+        "options-128", 1, (2, 1), (35, 70), 128, mask=(1, 70), mask_dtype="same", sinks=True, is_causal=True
+    ),
     attention("options-256", 1, 1, (19, 37), 256, mask=(19, 1), mask_dtype="float32", slopes=(1,)),
     attention("mask-of-one", 2, 2, (70, 66), mask=(1, 1), mask_dtype="same", return_lse=True),
 )
