@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kFewRows = 64;     // of a key head, up to which its keys are split
 constexpr int64_t kMostSplits = 128;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Splits of the keys: as many as give every multiprocessor two blocks. Those of packed sequences don't
 // depend on their number, nor do results.
 void divide_keys(const AttentionCall& c, ForwardParams& p, int multiprocessors) {

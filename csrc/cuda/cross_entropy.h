@@ -17,8 +17,6 @@ struct LossOptions {
 
 inline constexpr int64_t kMostClasses = int64_t(1) << 30;  // sums of two stay ints
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The kernel over logits of a type, with gradients and probabilities of the same or another one.
 template <class In, class Out>
 void launch_cross_entropy(Device& device, CrossEntropyParams p, bool rows) {

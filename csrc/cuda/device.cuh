@@ -44,6 +44,15 @@ FASTLM_DEVICE void narrow_to(bf16& y, float x) {
 #endif
 }
 
+#if __CUDA_ARCH__ < 800
+template <class T> FASTLM_DEVICE uint32_t pack_narrowed(float low, float high) {
+  T a, b;
+  narrow_to(a, low);
+  narrow_to(b, high);
+  return uint32_t(b.bits) << 16 | a.bits;
+}
+#endif
+
 // Two values as the elements 0 (low half) and 1 of a register.
 FASTLM_DEVICE uint32_t pack(float low, float high, f16) {
 #if __CUDA_ARCH__ >= 800
@@ -51,10 +60,7 @@ FASTLM_DEVICE uint32_t pack(float low, float high, f16) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 #else
-  f16 a, b;
-  narrow_to(a, low);
-  narrow_to(b, high);
-  return uint32_t(b.bits) << 16 | a.bits;
+  return pack_narrowed<f16>(low, high);
 #endif
 }
 FASTLM_DEVICE uint32_t pack(float low, float high, bf16) {
@@ -63,10 +69,7 @@ FASTLM_DEVICE uint32_t pack(float low, float high, bf16) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 #else
-  bf16 a, b;
-  narrow_to(a, low);
-  narrow_to(b, high);
-  return uint32_t(b.bits) << 16 | a.bits;
+  return pack_narrowed<bf16>(low, high);
 #endif
 }
 

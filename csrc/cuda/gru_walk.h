@@ -13,8 +13,6 @@
 
 namespace fastlm::cuda::gru {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Carves an allocation; with a null base it only measures.
 struct Arena {
   char* base;

@@ -16,6 +16,8 @@
 
 namespace fastlm::cuda {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Tests that read the compiled kernels look at some only, for all of them take the compiler long: not at
 // float16, which compiles as bfloat16 does, and at one head size. `make cuda-targets` takes all.
 #ifdef FASTLM_SOME_KERNELS

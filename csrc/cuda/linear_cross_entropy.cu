@@ -18,7 +18,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <tuple>
 
 #include "cross_entropy.h"
@@ -36,26 +35,6 @@ constexpr int64_t kScratch = 16 << 10, kTokens = 64, kSlice = 4 << 10;  // sever
 
 using torch::stable::narrow;
 using torch::stable::transpose;
-
-// out (M, N) = a (M, K) b (K, N), summed in out's type: that of the factors, or float32 of 16-bit ones.
-void product(Tensor out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  if (out.numel() == 0) return;
-  if (a.size(1) == 0) {
-    torch::stable::zero_(out);
-    return;
-  }
-  const auto call = [](const char* overload, auto stack) {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // out once more
-  };
-  if (a.scalar_type() == out.scalar_type()) return call("out", std::array{from(a), from(b), from(out)});
-#ifdef __CUDACC__
-  call("dtype_out", std::array{from(a), from(b), from(out.scalar_type()), from(out)});
-#else
-  product(out, torch::stable::to(a, out.scalar_type()), torch::stable::to(b, out.scalar_type()));
-#endif
-}
 
 // Where element i of `bytes` bytes is.
 template <class P> P* element(P* data, int64_t i, int64_t bytes) {

@@ -191,18 +191,26 @@ void check_block(const Block& block, const Call& mine) {
   }
 }
 
+// Whether this thread is the block's last at a meeting; the others return when it has released them.
+bool arrives_last(Block& block) {
+#ifdef SIMT_THREADS
+  const uint32_t phase = block.meeting.phase.load(std::memory_order_relaxed);
+  if (block.meeting.arrive(1) == block.lanes.size()) return true;
+  wait(block.meeting, phase);
+#else
+  if (block.meeting.arrive(1) == block.lanes.size()) return true;
+  wait();
+#endif
+  return false;
+}
+
 }  // namespace
 
 void meet_block(Site at) {
   Warp& warp = *self->warp;
   Block& block = *warp.block;
   const Call& mine = warp.calls[std::countr_zero(self->bit)] = {Op::syncthreads, 0, nullptr, at};
-#ifdef SIMT_THREADS
-  const uint32_t phase = block.meeting.phase.load(std::memory_order_relaxed);
-  if (block.meeting.arrive(1) != block.lanes.size()) return wait(block.meeting, phase);
-#else
-  if (block.meeting.arrive(1) != block.lanes.size()) return wait();
-#endif
+  if (!arrives_last(block)) return;
   check_block(block, mine);
   if (counting)
     for (Warp& w : block.warps) flush_counts(w);
@@ -216,12 +224,7 @@ void meet_grid(uint32_t* counter, uint32_t round, uint32_t blocks, Site at) {
   Block& block = *warp.block;
   struct Operand { uint32_t* counter; uint64_t terms; } own{counter, uint64_t(round) << 32 | blocks};
   const Call& mine = warp.calls[std::countr_zero(self->bit)] = {Op::grid, 0, &own, at};
-#ifdef SIMT_THREADS
-  const uint32_t phase = block.meeting.phase.load(std::memory_order_relaxed);
-  if (block.meeting.arrive(1) != block.lanes.size()) return wait(block.meeting, phase);
-#else
-  if (block.meeting.arrive(1) != block.lanes.size()) return wait();
-#endif
+  if (!arrives_last(block)) return;
   check_block(block, mine);
   for (const Lane& lane : block.lanes) {
     const auto& x = *static_cast<Operand*>(lane.warp->calls[std::countr_zero(lane.bit)].operand);
