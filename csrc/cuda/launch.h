@@ -9,6 +9,11 @@
 
 #ifdef __CUDACC__
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
 #define FASTLM_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fastlm, CUDA, m)
 #else
 #define FASTLM_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(fastlm_cuda_host, CPU, m)
@@ -49,21 +54,17 @@ inline cudaStream_t current_stream(int device, const char* op) {
 // Makes the device of a tensor the current one while it lives, and launches on torch's stream there.
 class Device {
  public:
-  Device(const Tensor& t, const char* op) : op_(op) {
-    check_cuda(cudaGetDevice(&before_), op);
-    const int device = t.get_device_index();
-    check_cuda(cudaSetDevice(device), op);
-    stream_ = current_stream(device, op);
+  Device(const Tensor& t, const char* op)
+      : op_(op), index_(t.get_device_index()), guard_(index_), stream_(current_stream(index_, op)) {
     const auto attribute = [&](cudaDeviceAttr name) {
       int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, name, device), op);
+      check_cuda(cudaDeviceGetAttribute(&value, name, index_), op);
       return value;
     };
     multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     shared_bytes = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   }
   Device(const Device&) = delete;
-  ~Device() { cudaSetDevice(before_); }
 
   int multiprocessors;
   size_t shared_bytes;  // most that a block can have
@@ -76,12 +77,15 @@ class Device {
   void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
     run(kernel, grid, threads, shared, params, true);
   }
-  // Blocks of a kernel that the device holds at the same time.
+  // Blocks of a kernel that the device holds at the same time. Asked once, for it never changes.
   template <class P> int blocks_at_once(void (*kernel)(P), int threads, size_t shared) {
+    static thread_local std::map<std::tuple<int, void (*)(P), int, size_t>, int> known;
+    const std::tuple asked{index_, kernel, threads, shared};
+    if (const auto found = known.find(asked); found != known.end()) return found->second;
     allow(kernel, shared);
     int blocks = 0;
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), op_);
-    return blocks * multiprocessors;
+    return known[asked] = blocks * multiprocessors;
   }
   void zero(void* data, size_t bytes) { check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), op_); }
   // To memory of the device, at the stream's turn; `from` may go at once.
@@ -90,9 +94,17 @@ class Device {
   }
 
  private:
+  // What a kernel may have is raised and never lowered: another thread's call may come between this one and
+  // its launch.
   template <class P> void allow(void (*kernel)(P), size_t shared) {
-    if (shared > 48 * 1024)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), op_);
+    static std::mutex mutex;
+    static std::map<std::pair<int, void (*)(P)>, size_t> allowed;
+    if (shared <= 48 * 1024) return;
+    const std::lock_guard lock(mutex);
+    size_t& most = allowed[{index_, kernel}];
+    if (shared <= most) return;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), op_);
+    most = shared;
   }
   template <class P>
   void run(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params, bool together) {
@@ -112,7 +124,8 @@ class Device {
   }
 
   const char* op_;
-  int before_ = 0;
+  int index_;
+  torch::stable::accelerator::DeviceGuard guard_;  // torch's: no other device gets a context by its end
   cudaStream_t stream_;
 };
 
