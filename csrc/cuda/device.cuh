@@ -206,22 +206,19 @@ FASTLM_DEVICE unsigned char* shared_memory() {
   return fastlm_shared_memory;
 }
 
-// What other blocks have written, past this multiprocessor's own cache.
-template <class V> FASTLM_DEVICE V load_fresh(const V* p) { return __ldcg(p); }
-
 // `blocks` blocks of a cooperative launch meet; what was written before is seen after it.
 // arrived: their counter in global memory, 0 at the launch, that nobody else touches; round: how many times
-// they have met, from 0. Plain loads are right behind it: what the first thread acquires holds for its block.
+// they have met, from 0. Plain loads and stores are right around it: what the block's first thread releases and
+// acquires are those of all, as the block's own barriers order them.
 FASTLM_DEVICE void grid_barrier(uint32_t* arrived, uint32_t round, uint32_t blocks) {
   __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0) {
-    __threadfence();
-    atomicAdd(arrived, 1u);
+  if (threadIdx.x == 0) {
+    const size_t counter = __cvta_generic_to_global(arrived);
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
     uint32_t seen;
     do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (seen < blocks * (round + 1));
-    __threadfence();
   }
   __syncthreads();
 }

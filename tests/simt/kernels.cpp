@@ -303,7 +303,7 @@ template <bool BARRIER> __global__ void ring(Ring p) {
   uint32_t round = 0;
   for (int r = 0; r < rounds; ++r) {
     const int from = r % 2 * 96, to = 96 - from, at = int(threadIdx.x);
-    y[to + own * 32 + at] = load_fresh(y + from + (own + 1) % 3 * 32 + 31 - at) + 1;
+    y[to + own * 32 + at] = load_global(y + from + (own + 1) % 3 * 32 + 31 - at) + 1;
     if (BARRIER) grid_barrier(p.counters + group, round++, 3);
   }
 }

@@ -130,7 +130,6 @@ template <class V> inline void store_shared(V* p, V value, SIMT_HERE) {
   simt_access(simt::Memory::shared, p, at);
   *p = value;
 }
-template <class V> inline V load_fresh(const V* p, SIMT_HERE) { return load_global(p, at); }
 
 inline unsigned char* shared_memory() { return simt::self->warp->block->shared; }
 
