@@ -52,6 +52,17 @@ def serves(capability: tuple[int, int]) -> bool:
     return any(a // 10 == major and a % 10 <= minor for a in archs()) or 10 * major + minor > max(archs())
 
 
+def driver_version() -> int:
+    """CUDA's version, as 13000, that the driver here serves; 0 without a driver. Asked of the driver itself:
+    the runtime's question initialises CUDA, which a process that forks later must not have done."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 def unusable() -> str | None:
     """Why the kernels can't run whatever the GPU, or None. Starts nothing on a GPU: a program may fork
     after importing fastlm."""
@@ -61,7 +72,7 @@ def unusable() -> str | None:
         return "torch here is built without CUDA"
     if _library is None:
         return f"{_path.name} can't be loaded: {_problem}"
-    built, served = _library.fastlm_cuda_version(), _library.fastlm_cuda_driver_version()
+    built, served = _library.fastlm_cuda_version(), driver_version()
     if not served:
         return "no NVIDIA driver here"
     if served // 1000 < built // 1000:

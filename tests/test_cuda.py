@@ -80,13 +80,8 @@ def test_runs_in_a_graph():
 class Library:
     """Stands in for libfastlm_cuda.so."""
 
-    driver = 13000
-
     def fastlm_cuda_version(self):
         return 13000
-
-    def fastlm_cuda_driver_version(self):
-        return self.driver
 
     def fastlm_cuda_archs(self):
         return b"75;80;90"
@@ -98,6 +93,7 @@ def built(monkeypatch, tmp_path):
     (tmp_path / "libfastlm_cuda.so").touch()
     monkeypatch.setattr(cuda, "_path", tmp_path / "libfastlm_cuda.so")
     monkeypatch.setattr(cuda, "_library", Library())
+    monkeypatch.setattr(cuda, "driver_version", lambda: 13000)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -117,8 +113,8 @@ def test_what_is_there_is_noted(built):
         (cuda, "_path", cuda._path.with_name("none.so"), "this build of fastlm has no CUDA kernels"),
         (torch.version, "cuda", None, "torch here is built without CUDA"),
         (cuda, "_library", None, "can't be loaded"),
-        (Library, "driver", 0, "no NVIDIA driver here"),
-        (Library, "driver", 12040, "the driver here serves CUDA 12.4, the kernels were built with CUDA 13.0"),
+        (cuda, "driver_version", lambda: 0, "no NVIDIA driver here"),
+        (cuda, "driver_version", lambda: 12040, "the driver here serves CUDA 12.4, the kernels were built with CUDA 13.0"),
         (torch.cuda, "is_available", lambda: False, "no GPU here"),
         (torch.cuda, "get_device_capability", lambda i: (7, 0), "for sm_75, sm_80, sm_90, the GPU here is sm_70"),
     ),
@@ -129,6 +125,28 @@ def test_reasons_for_its_absence(built, owner, name, value, message):
     assert message in ops.missing_backends()["cuda"]
     with pytest.raises(RuntimeError, match=f"backend 'cuda' is not available: .*{message}"):
         fastlm.use_backend("cuda")
+
+
+class Driver:
+    """Stands in for libcuda.so.1, with nothing that would initialise CUDA."""
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 12040
+        return 0
+
+
+def test_asking_the_driver_leaves_cuda_alone(monkeypatch):
+    """A process that has initialised CUDA can't fork others that use it, and importing fastlm asks."""
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: {"libcuda.so.1": Driver()}[name])
+    assert cuda.driver_version() == 12040
+
+
+def test_a_machine_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
+    assert cuda.driver_version() == 0
 
 
 def test_gpus_that_it_serves(built):

@@ -6,11 +6,5 @@
 // CUDA's version, as 13000, that this library was built with.
 FASTLM_API int fastlm_cuda_version() { return CUDART_VERSION; }
 
-// The newest that the driver here serves; 0 without a driver. Starts nothing on a GPU.
-FASTLM_API int fastlm_cuda_driver_version() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
 // The GPUs it was built for, as "75;80"; the last one also as PTX.
 FASTLM_API const char* fastlm_cuda_archs() { return FASTLM_CUDA_ARCHS; }
