@@ -134,8 +134,8 @@ template <class S, int G, int kUnits> struct Walk {
   void prepare(const GruCall& call) {
     device.zero(w.exchange, size_t(reinterpret_cast<char*>(w.arrived + groups) - reinterpret_cast<char*>(w.exchange)));
     if (lengths.empty()) return;
-    device.copy_in(const_cast<int64_t*>(w.offsets), call.offsets.data(), call.offsets.size() * sizeof(int64_t));
-    device.copy_in(const_cast<int64_t*>(w.lengths), lengths.data(), lengths.size() * sizeof(int64_t));
+    copy_in(device, const_cast<int64_t*>(w.offsets), call.offsets);
+    copy_in(device, const_cast<int64_t*>(w.lengths), lengths);
   }
 
   void set(GruPackParams<S>& p, const GruCall& call) const {

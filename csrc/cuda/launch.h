@@ -4,6 +4,10 @@
 // same source registers them in the namespace fastlm_cuda_host for CPU tensors, and a launch runs the
 // kernel's blocks on the CPU.
 #pragma once
+#include <algorithm>
+#include <iterator>
+#include <vector>
+
 #include "../check.h"
 #include "device.cuh"
 
@@ -88,10 +92,6 @@ class Device {
     return known[asked] = blocks * multiprocessors;
   }
   void zero(void* data, size_t bytes) { check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), op_); }
-  // To memory of the device, at the stream's turn; `from` may go at once.
-  void copy_in(void* to, const void* from, size_t bytes) {
-    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), op_);
-  }
 
  private:
   // What a kernel may have is raised and never lowered: another thread's call may come between this one and
@@ -150,7 +150,6 @@ class Device {
     return multiprocessors * int(std::min(size_t(2048 / threads), (shared_bytes + 1024) / (shared + 1024)));
   }
   void zero(void* data, size_t bytes) { __builtin_memset(data, 0, bytes); }
-  void copy_in(void* to, const void* from, size_t bytes) { __builtin_memcpy(to, from, bytes); }
 
  private:
   template <class P>
@@ -161,5 +160,29 @@ class Device {
 };
 
 #endif
+
+// ---- values of the host, for the device ----------------------------------------------------
+
+template <class E> struct ValueParams {
+  E* to;
+  int count;
+  E values[4000 / sizeof(E)];  // a launch takes 4 KiB of parameters
+};
+
+template <class E> __global__ void store_values(const __grid_constant__ ValueParams<E> p) {
+  for (int i = int(threadIdx.x); i < p.count; i += int(blockDim.x)) p.to[i] = p.values[i];
+}
+
+// At the stream's turn; `from` may go at once. They travel as parameters: a copy from pageable memory may
+// wait for the stream, and a graph would read that memory again at each replay.
+template <class E> void copy_in(Device& device, E* to, const std::vector<E>& from) {
+  ValueParams<E> p;
+  for (size_t i = 0; i < from.size(); i += std::size(p.values)) {
+    p.to = to + i;
+    p.count = int(std::min(std::size(p.values), from.size() - i));
+    std::copy_n(&from[i], p.count, p.values);
+    device.launch(store_values<E>, dim3(1), 128, 0, p);
+  }
+}
 
 }  // namespace fastlm::cuda
