@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,6 +234,37 @@ def test_deprecated_reductions():
         assert_close(fastlm.cross_entropy(X, Y, size_average=False), F.cross_entropy(X, Y, reduction="sum"))
     with pytest.warns(UserWarning, match="deprecated"):
         assert_close(fastlm.cross_entropy(X, Y, reduce=False), F.cross_entropy(X, Y, reduction="none"))
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+# Prints what a step takes at its peak beyond its inputs, for few tokens and for many.
+EXTRA_MEMORY = """
+import ctypes, re, torch, fastlm
+from pathlib import Path
+
+def status(name):
+    return int(re.search(rf"{name}:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+torch.set_num_threads(2)
+for N, V in ((4, 16), (1056, 8192), (4224, 8192)):  # the first brings in the code
+    x, w = (torch.randn(n, 16, requires_grad=True) for n in (N, V))
+    target = torch.arange(N)
+    target %= V
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = status("VmHWM")
+    fastlm.linear_cross_entropy(x, w, target).backward()
+    print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_linear_memory_is_flat_in_tokens():
+    """Tokens go by in chunks: logits of all would take 33 and 132 MiB."""
+    done = subprocess.run([sys.executable, "-c", EXTRA_MEMORY], capture_output=True, text=True, check=True)
+    _, few, many = map(int, done.stdout.split())
+    assert many < few + (8 << 20)
 
 
 # ---- modules --------------------------------------------------------------------------------
