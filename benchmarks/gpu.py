@@ -218,8 +218,10 @@ def facts(device: torch.device) -> dict[str, str]:
         found[f"backend {name}"] = (
             f"missing: {missing[name]}" if name in missing else ops.backend_notes()[name]
         )
-    serving = {function: ops._native[device.type].get(function) for function in ops.OPERATORS}
-    found["fastlm chooses"] = ", ".join(f"{name} for {function}" for function, name in serving.items())
+    serving = {name: [family for family, _ in rules] for name, rules in ops._native[device.type].items()}
+    found["fastlm chooses"] = ", ".join(
+        f"{' or '.join(families) or 'eager'} for {operator}" for operator, families in serving.items()
+    )
     found["time"] = time.strftime("%Y-%m-%d %H:%M:%S")
     return found
 

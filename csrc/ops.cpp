@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(fastlm, m) {
       "int ignore_index, float label_smoothing, float z_loss, float softcap, bool input_gradient, "
       "bool weight_gradient, bool bias_gradient) -> (Tensor dinput, Tensor dlinear_weight, "
       "Tensor dlinear_bias)");
+  m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
   m.def(
       "gru_layer(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor[] weights, bool has_biases, "
       "bool layer_norm, Tensor? update, float zoneout, bool save) -> (Tensor output, Tensor hn, "

@@ -56,6 +56,8 @@ def set_isa(name: str) -> None:
 
 # ---- as a backend, see fastlm.ops ----
 
+NAMESPACE = "fastlm"
+
 
 def missing() -> str | None:
     return None

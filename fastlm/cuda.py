@@ -9,16 +9,8 @@ from pathlib import Path
 
 import torch
 
+NAMESPACE = "fastlm"
 LARGEST_HEAD = 256
-# A public function -> an operator without which there is nothing for it here.
-NEEDED = {
-    "scaled_dot_product_attention": "attention_forward",
-    "varlen_attn": "varlen_attention_forward",
-    "cross_entropy": "cross_entropy",
-    "linear_cross_entropy": "linear_cross_entropy",
-    "gru": "gru_layer",
-    "gru_cell": "gru_layer",
-}
 NO_FLOAT64 = ("scaled_dot_product_attention", "varlen_attn", "gru", "gru_cell")
 
 _path = Path(__file__).with_name("libfastlm_cuda.so")
@@ -31,13 +23,6 @@ if torch.version.cuda and _path.exists():
         _library.fastlm_cuda_archs.restype = ctypes.c_char_p
     except OSError as error:  # the other families serve
         _problem = str(error)
-
-# Asked before another family registers its own over them.
-operators: frozenset[str] = frozenset(
-    name.removeprefix("fastlm::")
-    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-    if name.startswith("fastlm::")
-)
 
 
 def archs() -> list[int]:
@@ -106,13 +91,6 @@ def devices() -> tuple[str, ...]:
 
 
 def refuses(function: str, tensor: torch.Tensor) -> str | None:
-    if NEEDED[function] not in operators:
-        return f"no {NEEDED[function]} in this build"
-    return no_kernel(function, tensor)
-
-
-def no_kernel(function: str, tensor: torch.Tensor) -> str | None:
-    """What no build has."""
     if function in NO_FLOAT64 and tensor.dtype == torch.float64:
         return "no kernel for torch.float64: its products have no tensor cores to run on"
     if function in ("scaled_dot_product_attention", "varlen_attn") and tensor.size(-1) > LARGEST_HEAD:

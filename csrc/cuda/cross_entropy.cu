@@ -276,7 +276,32 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   return {run(device, p, l, input, dtype, input_gradient), dtarget};
 }
 
+// Gradients as the forward made them: dense, of any layout.
+void scale(const std::vector<Tensor>& gradients, const Tensor& factor) {
+  const char* const op = "scale_";
+  check_shape(factor, {}, op, "factor");
+  Device device(factor, op);
+  for (const Tensor& x : gradients) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+    ScaleParams p{x.mutable_data_ptr(), x.numel(), factor.const_data_ptr(), dtype_of(factor, op, "factor")};
+    if (p.count == 0) continue;
+    check_device(factor, x, op, "factor");
+    STD_TORCH_CHECK(last + 1 == p.count && reinterpret_cast<uintptr_t>(p.x) % 16 == 0, "fastlm::", op,
+                    ": a gradient has gaps, or does not start at a multiple of 16 bytes");
+    const int64_t blocks = ceil_div(p.count * int64_t(x.element_size()), 16 * kScaleThreads);
+    const dim3 grid(unsigned(std::min<int64_t>(blocks, 8 * device.multiprocessors)));
+    switch (x.scalar_type()) {  // not float16, whose gradients wait for the factor
+      case ScalarType::Double: device.launch(scale_gradient<double>, grid, kScaleThreads, 0, p); break;
+      case ScalarType::Float: device.launch(scale_gradient<float>, grid, kScaleThreads, 0, p); break;
+      case ScalarType::BFloat16: device.launch(scale_gradient<bf16>, grid, kScaleThreads, 0, p); break;
+      default: STD_TORCH_CHECK(false, "fastlm::", op, ": no kernel for this dtype");
+    }
+  }
+}
+
 FASTLM_OPERATORS(m) {
+  m.impl("scale_", TORCH_BOX(&scale));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
 }

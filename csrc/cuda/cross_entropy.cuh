@@ -369,4 +369,37 @@ __global__ void __launch_bounds__(kTokenThreads, 2 * kBlocks<In>)
       });
 }
 
+// ---- gradients that the forward left -------------------------------------------------------
+
+// x *= factor; where that is 1, as it mostly is, nothing else is read.
+struct ScaleParams {
+  void* x;             // [count] of S, from 16 bytes on
+  int64_t count;
+  const void* factor;  // one, of factor_type
+  DType factor_type;
+};
+
+inline constexpr int kScaleThreads = 256;
+
+template <class S>
+__global__ void __launch_bounds__(kScaleThreads) scale_gradient(const __grid_constant__ ScaleParams p) {
+  using T = compute_t<S>;
+  constexpr int W = kPerVector<S>;
+  const T factor = T(read_as(p.factor, p.factor_type, 0));
+  if (factor == 1) return;
+  S* const x = static_cast<S*>(p.x);
+  const auto scale = [&](auto at, int64_t i) {
+    using A = decltype(at);
+    const auto before = Classes<S, A>::load(x + i, 0, 1);
+    T after[A::kWidth];
+#pragma unroll
+    for (int j = 0; j < A::kWidth; ++j) after[j] = before[j] * factor;
+    store_classes<A>(x + i, 0, 1, after);
+  };
+  const int64_t step = int64_t(gridDim.x) * kScaleThreads * W;
+  int64_t i = (int64_t(blockIdx.x) * kScaleThreads + threadIdx.x) * W;
+  for (; i + W <= p.count; i += step) scale(Access<W, true>{}, i);
+  for (; i < p.count; ++i) scale(Access<1, false>{}, i);
+}
+
 }  // namespace fastlm::cuda

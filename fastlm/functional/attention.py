@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
 from fastlm.ops import attention as ops_attention
-from fastlm.ops import autocast_is_on, choose_backend, under_transform
+from fastlm.ops import autocast_is_on, under_transform
 
 
 def _attention_error(message: str) -> ValueError:
@@ -105,11 +105,6 @@ def _share_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
         key = key.repeat_interleave(H // Hk, -3)
         value = value.repeat_interleave(H // Hv, -3)
     return key, value
-
-
-def _backend(name: str, query: Tensor, value: Tensor) -> str:
-    """Kernels may have a largest head size, of query and key or of value."""
-    return choose_backend(name, query if query.size(-1) >= value.size(-1) else value)
 
 
 def _four_dimensions(query, key, value, attn_mask, enable_gqa):
@@ -273,13 +268,15 @@ def scaled_dot_product_attention(
     seed = reference.draw_seed() if dropout_p > 0.0 else None
 
     transformed = under_transform(query, key, value, attn_mask, alibi_slopes, sinks)
-    if transformed or _backend("scaled_dot_product_attention", query, value) == "eager":
+    backend = "eager" if transformed else ops_attention.choose("scaled_dot_product_attention", query, value)
+    if backend == "eager":
         out, lse = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size, softcap=softcap,
             alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True, seed=seed,
         )  # fmt: skip
     else:
         out, lse = ops_attention.attention(
+            backend,
             q,
             k,
             v,
@@ -417,7 +414,9 @@ def varlen_attn(
     )
     _check_window("fastlm.varlen_attn", window_size)
     scale = _check_scale("fastlm.varlen_attn", scale, query.size(-1))
-    if under_transform(query, key, value) or _backend("varlen_attn", query, value) == "eager":
+    transformed = under_transform(query, key, value)
+    backend = "eager" if transformed else ops_attention.choose("varlen_attn", query, value)
+    if backend == "eager":
         return reference.varlen_attn(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,
             window_size=window_size, enable_gqa=enable_gqa, seqused_k=seqused_k, block_table=block_table,
@@ -427,8 +426,8 @@ def varlen_attn(
         for x in (cu_seq_q, cu_seq_k, seqused_k, block_table)
     )
     out, lse = ops_attention.varlen_attention(
-        query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, *window_size, scale,
-        0 if num_splits is None else num_splits,
+        backend, query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, *window_size,
+        scale, 0 if num_splits is None else num_splits,
     )  # fmt: skip
     if return_aux is not None and return_aux.lse:
         return out, lse

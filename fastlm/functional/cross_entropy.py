@@ -212,7 +212,7 @@ def cross_entropy(
     if weight is not None:
         weight = weight.to(compute_dtype(dtype))
     return _call(
-        ops_cross_entropy.cross_entropy, input, target, weight, code, ignore_index,
+        ops_cross_entropy.cross_entropy, backend, input, target, weight, code, ignore_index,
         label_smoothing, z_loss, softcap, return_lse, autocast,
     )  # fmt: skip
 
@@ -374,7 +374,7 @@ def linear_cross_entropy(
     if weight is not None:
         weight = weight.to(compute_dtype(dtype))
     return _call(
-        ops_cross_entropy.linear_cross_entropy, input.to(dtype), linear_weight.to(dtype), target,
+        ops_cross_entropy.linear_cross_entropy, backend, input.to(dtype), linear_weight.to(dtype), target,
         None if linear_bias is None else linear_bias.to(dtype), weight, code, ignore_index,
         label_smoothing, z_loss, softcap, return_lse, autocast,
     )  # fmt: skip

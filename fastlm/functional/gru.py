@@ -1,5 +1,6 @@
 """GRU: the public functions. Arguments as PyTorch's, checked here, before any work."""
 
+from functools import partial
 from typing import overload
 
 import torch
@@ -105,7 +106,8 @@ def _run_gru(function, stack, tensors, arguments):
     """Calls stack(layer, *arguments) with tensors cast as autocast wants it: states keep the dtype that
     promotion gives them, as in torch.nn.GRU."""
     input, hx = tensors
-    layer = reference.gru_layer if choose_backend(function, input) == "eager" else ops_gru.gru_layer
+    backend = choose_backend(function, input)
+    layer = reference.gru_layer if backend == "eager" else partial(ops_gru.gru_layer, backend)
     dtype = _autocast(input)
     if dtype is None:
         return stack(layer, *arguments)

@@ -5,11 +5,10 @@ public functions of `fastlm.functional` call. Importing this package registers t
 """
 
 import os
-import warnings
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
-from torch.library import Library
 
 from fastlm import _C, cuda, triton
 
@@ -17,16 +16,15 @@ KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # ---- families of kernels -------------------------------------------------------------------
 # A family is a module that offers
+#   NAMESPACE                 of its operators, whose schemas are those of csrc/ops.cpp
 #   missing()                 why it can serve no call here, or None
 #   note()                    a few words for `fastlm info`
 #   devices()                 types of the devices whose tensors it takes in this process
 #   refuses(function, tensor) why it has no kernel for a call whose main input this is, or None
-#   MODULES, kernel(name)     its operators, and the function behind one; a family that registers its
-#                             operators itself, as the compiled libraries do, has neither
 # and adding a family is one entry here (tests/simt makes its own from outside).
 FAMILIES = {"cpu": _C, "cuda": cuda, "triton": triton}
 
-# The operators behind a public function.
+# The operators behind a public function: forward, backward.
 OPERATORS = {
     "scaled_dot_product_attention": ("attention_forward", "attention_backward"),
     "varlen_attn": ("varlen_attention_forward", "varlen_attention_backward"),
@@ -36,15 +34,27 @@ OPERATORS = {
     "gru_cell": ("gru_layer", "gru_layer_backward"),
 }
 
-# Of these families the first that is there serves a function's tensors on a GPU: a guess, until a report
-# of `make gpu-check` says which one is faster.
-ON_GPU = {
-    "scaled_dot_product_attention": ("cuda", "triton"),
-    "varlen_attn": ("cuda", "triton"),
-    "cross_entropy": ("cuda", "triton"),
-    "linear_cross_entropy": ("cuda", "triton"),
-    "gru": ("cuda", "triton"),
-    "gru_cell": ("cuda", "triton"),
+
+def always(tensor: torch.Tensor) -> bool:
+    return True
+
+
+# Operator -> families, and whether each is asked for a call whose main input (query, logits ...) this is.
+# On a GPU the first serves that is there, is asked and does not refuse. A guess, until a report of
+# `make gpu-check` says which is faster where: ("triton", lambda query: query.size(-1) > 128) may then
+# stand before ("cuda", always).
+Rules = tuple[tuple[str, Callable[[torch.Tensor], bool]], ...]
+ON_GPU: dict[str, Rules] = {
+    "attention_forward": (("cuda", always), ("triton", always)),
+    "attention_backward": (("cuda", always), ("triton", always)),
+    "varlen_attention_forward": (("cuda", always), ("triton", always)),
+    "varlen_attention_backward": (("cuda", always), ("triton", always)),
+    "cross_entropy": (("cuda", always), ("triton", always)),
+    "cross_entropy_backward": (("cuda", always), ("triton", always)),
+    "linear_cross_entropy": (("cuda", always), ("triton", always)),
+    "linear_cross_entropy_backward": (("cuda", always), ("triton", always)),
+    "gru_layer": (("cuda", always), ("triton", always)),
+    "gru_layer_backward": (("cuda", always), ("triton", always)),
 }
 
 
@@ -65,56 +75,22 @@ def backend_notes() -> dict[str, str]:
     return notes | {"eager": "plain PyTorch"}
 
 
-def _on_gpu(function: str) -> str:
-    """The family that serves a function's tensors on a GPU, as far as it can be told without asking one."""
+def _on_gpu() -> dict[str, Rules]:
+    """The table without families that are not there, as far as it can be told without asking a GPU."""
     there = {
-        "cuda": cuda.unusable() is None and cuda.operators.issuperset(OPERATORS[function]),
+        "cuda": cuda.unusable() is None,
         "triton": triton.installed() and (torch.version.cuda or torch.version.hip),  # AMD's are "cuda" too
     }
-    return next((name for name in ON_GPU[function] if there[name]), "eager")
+    return {operator: tuple(rule for rule in rules if there[rule[0]]) for operator, rules in ON_GPU.items()}
 
 
-# Device type -> function -> the family that serves it unless another is forced.
-_native = {
-    "cpu": dict.fromkeys(OPERATORS, "cpu"),
-    "meta": dict.fromkeys(OPERATORS, "cpu"),
-    "cuda": {function: _on_gpu(function) for function in OPERATORS},
+# Device type -> operator -> the families that serve it unless another is forced.
+_native: dict[str, dict[str, Rules]] = {
+    "cpu": dict.fromkeys(ON_GPU, (("cpu", always),)),
+    "meta": dict.fromkeys(ON_GPU, (("cpu", always),)),
+    "cuda": _on_gpu(),
 }
 _forced: str | None = None
-# Device type, operator -> the family that serves it, and its registration over the compiled libraries'.
-_registered: dict[tuple[str, str], tuple[str, Library]] = {}
-
-
-def _register() -> None:
-    """Registers the operators of families in Python where they serve, forced or not, and no others."""
-    wanted = {}
-    for device in ("cpu", "cuda"):
-        for function, operators in OPERATORS.items():
-            forced = _forced in FAMILIES and device in FAMILIES[_forced].devices()
-            name = _forced if forced else _native[device][function]
-            modules = getattr(FAMILIES.get(name), "MODULES", ())
-            wanted |= {(device, operator): name for operator in operators if operator in modules}
-    for key, (name, library) in list(_registered.items()):
-        if wanted.get(key) != name:
-            library._destroy()
-            del _registered[key]
-    for (device, operator), name in wanted.items():
-        if (device, operator) not in _registered:
-            _registered[device, operator] = name, _registration(name, operator, device)
-
-
-def _registration(name: str, operator: str, device: str) -> Library:
-    """Of a family's operator for the tensors of a device type, while the result lives."""
-    family, library = FAMILIES[name], Library("fastlm", "IMPL")
-
-    def implementation(*args):
-        return family.kernel(operator)(*args)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # overriding is the aim
-        library.impl(operator, implementation, device.upper(), allow_override=True)
-    return library
-
 
 # ---- choice --------------------------------------------------------------------------------
 
@@ -124,21 +100,13 @@ def _checked(name: str | None, source: str) -> str | None:
         return None
     if name not in backends():
         raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(backends())}")
-    reason = missing_backends().get(name)
+    reason = FAMILIES[name].missing() if name in FAMILIES else None
     if reason:
         raise RuntimeError(f"{source}: backend {name!r} is not available: {reason}")
     return name
 
 
-def _force(name: str | None) -> None:
-    global _forced
-    if name != _forced:
-        _forced = name
-        _register()
-
-
-_register()
-_force(_checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND"))
+_forced = _checked(os.environ.get("FASTLM_BACKEND"), "FASTLM_BACKEND")
 
 
 class use_backend:
@@ -159,39 +127,99 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
+        global _forced
         self._previous = _forced
-        _force(_checked(name, "fastlm.use_backend"))
+        _forced = _checked(name, "fastlm.use_backend")
 
     def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *exc) -> None:
-        _force(self._previous)
+        global _forced
+        _forced = self._previous
 
 
-def choose_backend(function: str, tensor: torch.Tensor, unsupported: str | None = None) -> str:
-    """The backend for a call of ``fastlm.<function>`` whose main input is `tensor`.
+def choose_backend(
+    function: str, tensor: torch.Tensor, unsupported: str | None = None, *, backward: bool = False
+) -> str:
+    """The backend for a call of ``fastlm.<function>`` whose main input is `tensor`, or for its backward.
 
     `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
     it then, unless another backend is forced.
     """
-    device, dtype = tensor.device.type, tensor.dtype
-    name = _native.get(device, {}).get(function, "eager") if _forced is None else _forced
-    if name == "eager":
-        return name
-    reason = unsupported
-    if reason is None:
-        if device != "meta" and device not in FAMILIES[name].devices():
-            reason = f"no kernel for device {tensor.device}"
-        elif dtype not in KERNEL_DTYPES:
-            reason = f"no kernel for {dtype}"
-        else:
-            reason = FAMILIES[name].refuses(function, tensor)
-    if reason is None:
-        return name
     if _forced is None:
+        if unsupported is None:
+            for name, asked in _native.get(tensor.device.type, {}).get(OPERATORS[function][backward], ()):
+                if asked(tensor) and _refusal(name, function, tensor) is None:
+                    return name
         return "eager"
-    raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
+    if _forced != "eager":
+        reason = unsupported or _refusal(_forced, function, tensor)
+        if reason is not None:
+            raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
+    return _forced
+
+
+def _refusal(name: str, function: str, tensor: torch.Tensor) -> str | None:
+    family, device = FAMILIES[name], tensor.device.type
+    if device != "meta" and device not in family.devices():
+        return f"no kernel for device {tensor.device}"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    return family.refuses(function, tensor)
+
+
+# ---- operators -----------------------------------------------------------------------------
+# Each family's operators have the same fake kernels and autograd formulas.
+
+_kernels: dict[str, dict[str, torch._ops.OpOverload]] = {}  # backend -> operator
+_namespaces: list[str] = []
+_registrations: list[Callable[[str], None]] = []  # each makes one for the operators of a namespace
+
+
+def kernel(backend: str, operator: str) -> torch._ops.OpOverload:
+    """A family's operator."""
+    return _kernels[backend][operator]
+
+
+def add_operators(backend: str) -> None:
+    """Those of a family, which exist by now."""
+    namespace = FAMILIES[backend].NAMESPACE
+    operators = getattr(torch.ops, namespace)
+    _kernels[backend] = {name: getattr(operators, name).default for name in triton.MODULES}
+    if namespace not in _namespaces:
+        _namespaces.append(namespace)
+        for register in _registrations:
+            register(namespace)
+
+
+def _register(register: Callable[[str], None]) -> None:
+    _registrations.append(register)
+    for namespace in _namespaces:
+        register(namespace)
+
+
+def register_fake(operator: str):
+    """torch.library.register_fake for the operator of every family."""
+
+    def decorate(function):
+        _register(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", function))
+        return function
+
+    return decorate
+
+
+def register_autograd(operator: str, backward, setup_context) -> None:
+    """torch.library.register_autograd for the operator of every family."""
+    _register(
+        lambda namespace: torch.library.register_autograd(
+            f"{namespace}::{operator}", backward, setup_context=setup_context
+        )
+    )
+
+
+for _name in FAMILIES:
+    add_operators(_name)
 
 
 def autocast_is_on(device: torch.device) -> bool:

@@ -10,17 +10,26 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import batched, reference_backward
+from fastlm.ops import (
+    batched,
+    choose_backend,
+    kernel,
+    reference_backward,
+    register_autograd,
+    register_fake,
+)
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_forward = torch.ops.fastlm.attention_forward.default
-_backward = torch.ops.fastlm.attention_backward.default
-_varlen_forward = torch.ops.fastlm.varlen_attention_forward.default
-_varlen_backward = torch.ops.fastlm.varlen_attention_backward.default
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def choose(function: str, query: Tensor, value: Tensor, *, backward: bool = False) -> str:
+    """The backend; kernels may have a largest head size, of query and key or of value."""
+    widest = query if query.size(-1) >= value.size(-1) else value
+    return choose_backend(function, widest, backward=backward)
 
 
 def _empty_as(like: Tensor, D: int) -> Tensor:
@@ -31,7 +40,7 @@ def _empty_as(like: Tensor, D: int) -> Tensor:
     return like.new_empty(B, H, T, D)
 
 
-@torch.library.register_fake("fastlm::attention_forward")
+@register_fake("attention_forward")
 def _(
     query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, left, right, scale, softcap
 ):
@@ -39,7 +48,7 @@ def _(
     return _empty_as(query, value.size(-1)), lse
 
 
-@torch.library.register_fake("fastlm::attention_backward")
+@register_fake("attention_backward")
 def _(
     dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal,
     left, right, scale, softcap, needs_mask, needs_slopes,
@@ -50,13 +59,13 @@ def _(
     return dq, dk, dv, dmask, dslopes, lse.new_empty(0 if sinks is None else sinks.shape)
 
 
-@torch.library.register_fake("fastlm::varlen_attention_forward")
+@register_fake("varlen_attention_forward")
 def _(query, key, value, cu_q, cu_k, seqused_k, block_table, max_q, max_k, left, right, scale, num_splits):
     T, H, _ = query.shape
     return query.new_empty(T, H, value.size(-1)), query.new_empty(H, T, dtype=compute_dtype(query.dtype))
 
 
-@torch.library.register_fake("fastlm::varlen_attention_backward")
+@register_fake("varlen_attention_backward")
 def _(dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, right, scale):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
@@ -79,8 +88,9 @@ def _gradients(ctx, dout, dlse):
     nones = (None,) * 7  # seed and the options
     if dout is None and dlse is None:
         return (None,) * 6 + nones
+    backend = choose("scaled_dot_product_attention", query, value, backward=True)
     # create_graph=True asks for gradients that can be differentiated again.
-    if torch.is_grad_enabled() or batched(dout, dlse):
+    if torch.is_grad_enabled() or batched(dout, dlse) or backend == "eager":
 
         def formula(query, key, value, attn_mask, alibi_slopes, sinks):
             return reference.scaled_dot_product_attention(
@@ -93,7 +103,7 @@ def _gradients(ctx, dout, dlse):
         return reference_backward(formula, inputs, needs[:6], (dout, dlse)) + nones
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dmask, dslopes, dsinks = _backward(
+    dq, dk, dv, dmask, dslopes, dsinks = kernel(backend, "attention_backward")(
         dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, *ctx.options,
         needs[3], needs[4],
     )  # fmt: skip
@@ -118,7 +128,8 @@ def _varlen_gradients(ctx, dout, dlse):
     nones = (None,) * 10
     if dout is None and dlse is None:
         return (None,) * 3 + nones
-    if torch.is_grad_enabled() or batched(dout, dlse):
+    backend = choose("varlen_attn", query, value, backward=True)
+    if torch.is_grad_enabled() or batched(dout, dlse) or backend == "eager":
 
         def formula(query, key, value):
             return reference.varlen_attn(
@@ -131,38 +142,42 @@ def _varlen_gradients(ctx, dout, dlse):
         )
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = _varlen_backward(
+    grads = kernel(backend, "varlen_attention_backward")(
         dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, right, scale
     )
     return tuple(grads) + nones
 
 
-torch.library.register_autograd("fastlm::attention_forward", _gradients, setup_context=_setup)
-torch.library.register_autograd(
-    "fastlm::varlen_attention_forward", _varlen_gradients, setup_context=_varlen_setup
-)
+register_autograd("attention_forward", _gradients, _setup)
+register_autograd("varlen_attention_forward", _varlen_gradients, _varlen_setup)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
+        *inputs, op = inputs
         with _below_autograd():
-            output = _forward(*inputs)
+            output = op(*inputs)
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_gradients)
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return *_gradients(ctx, dout, dlse), None
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
+        *inputs, op = inputs
         with _below_autograd():
-            output = _varlen_forward(*inputs)
+            output = op(*inputs)
         _varlen_setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_varlen_gradients)
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return *_varlen_gradients(ctx, dout, dlse), None
 
 
 def _run(op, function, inputs, differentiable):
@@ -171,16 +186,16 @@ def _run(op, function, inputs, differentiable):
     if torch.compiler.is_compiling():
         return op(*inputs)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:differentiable]):
-        return function.apply(*inputs)
+        return function.apply(*inputs, op)
     with _below_autograd():
         return op(*inputs)
 
 
-def attention(*inputs) -> tuple[Tensor, Tensor]:
+def attention(backend: str, *inputs) -> tuple[Tensor, Tensor]:
     """out and lse; the arguments are those of the schema of fastlm::attention_forward."""
-    return _run(_forward, _Attention, inputs, 6)
+    return _run(kernel(backend, "attention_forward"), _Attention, inputs, 6)
 
 
-def varlen_attention(*inputs) -> tuple[Tensor, Tensor]:
+def varlen_attention(backend: str, *inputs) -> tuple[Tensor, Tensor]:
     """out and lse; the arguments are those of the schema of fastlm::varlen_attention_forward."""
-    return _run(_varlen_forward, _VarlenAttention, inputs, 3)
+    return _run(kernel(backend, "varlen_attention_forward"), _VarlenAttention, inputs, 3)

@@ -12,6 +12,8 @@ fastlm::cross_entropy(input, target, weight, ...) -> (loss, lse, low, dinput)
 fastlm::cross_entropy_backward(dloss, dlse, input, target, weight, lse, low, ...)
         -> (dinput, dtarget)
     each empty unless wanted
+fastlm::scale_(gradients, factor): gradients of the forward times a scalar, in place; nothing is read where
+    it is 1. On GPUs alone.
 
 The compute dtype is float64 for float64 and float32 otherwise; reduction is 0 none, 1 mean, 2 sum.
 
@@ -24,13 +26,18 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import batched, reference_backward
+from fastlm.ops import (
+    batched,
+    choose_backend,
+    kernel,
+    reference_backward,
+    register_autograd,
+    register_fake,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-_forward = torch.ops.fastlm.cross_entropy.default
-_backward_op = torch.ops.fastlm.cross_entropy_backward.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -44,7 +51,7 @@ def token_shape(logits: torch.Size) -> list[int]:
     return [] if len(logits) == 1 else [logits[0], *logits[2:]]
 
 
-@torch.library.register_fake("fastlm::cross_entropy")
+@register_fake("cross_entropy")
 def _(
     input, target, weight, reduction, ignore_index, label_smoothing, z_loss, softcap, return_lse,
     full_precision, gradient,
@@ -56,7 +63,7 @@ def _(
     return loss, lse, torch.empty_like(lse), dinput
 
 
-@torch.library.register_fake("fastlm::cross_entropy_backward")
+@register_fake("cross_entropy_backward")
 def _(
     dloss, dlse, input, target, weight, lse, low, reduction, ignore_index, label_smoothing, z_loss,
     softcap, input_gradient, target_gradient,
@@ -81,7 +88,8 @@ def _gradients(ctx, dloss, dlse):
         return None, None
     input, target, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
-    if torch.is_grad_enabled() or batched(dloss, dlse):
+    backend = choose_backend("cross_entropy", input, backward=True)
+    if torch.is_grad_enabled() or batched(dloss, dlse) or backend == "eager":
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
         if dloss is not None:
             dloss = dloss.to(compute_dtype(input.dtype))
@@ -91,7 +99,7 @@ def _gradients(ctx, dloss, dlse):
         )  # fmt: skip
     if dloss is None:
         dloss = lse.new_zeros([] if reduction else lse.shape)
-    dinput, dtarget = _backward_op(
+    dinput, dtarget = kernel(backend, "cross_entropy_backward")(
         dloss, dlse, input, target, weight, lse, low, *ctx.options, wants_input, wants_target
     )
     return dinput if wants_input else None, dtarget if wants_target else None
@@ -107,10 +115,15 @@ def _backward(ctx, dloss, dlse, *unused):
     return *_gradients(ctx, dloss, dlse), *[None] * 9
 
 
-torch.library.register_autograd("fastlm::cross_entropy", _backward, setup_context=_setup_context)
+register_autograd("cross_entropy", _backward, _setup_context)
 
 
-def scale_known_gradients(ctx, dloss: Tensor, names: tuple[str, ...]) -> list[Tensor | None]:
+@register_fake("scale_")
+def _(gradients, factor):
+    pass
+
+
+def scale_known_gradients(ctx, function: str, dloss: Tensor, names: tuple[str, ...]) -> list[Tensor | None]:
     """The gradients that the forward computed, for the upstream gradient dloss, and then let go.
 
     They are handed over as they are, or scaled in place, only when this is the graph's last use:
@@ -127,11 +140,16 @@ def scale_known_gradients(ctx, dloss: Tensor, names: tuple[str, ...]) -> list[Te
         return [None if g is None else g * dloss.to(g.dtype) for g in saved]
     for name in names:
         setattr(ctx, name, None)
-    scale = dloss.item()
-    if scale != 1:
-        for g in saved:
-            if g is not None:
-                g.mul_(scale)
+    given = [g for g in saved if g is not None]
+    backend = choose_backend(function, given[0], backward=True)
+    if backend in ("cpu", "eager"):
+        factor = dloss.item()
+        if factor != 1:
+            for g in given:
+                g.mul_(factor)
+    else:  # without making the host wait for the device
+        with _below_autograd():
+            kernel(backend, "scale_")(given, dloss)
     return saved
 
 
@@ -139,11 +157,9 @@ class _CrossEntropy(torch.autograd.Function):
     """The operator in eager mode: calls through torch.library cost tens of microseconds more."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, return_lse, full_precision, fused, options):
+    def forward(ctx, input, target, weight, return_lse, full_precision, fused, options, op):
         with _below_autograd():
-            loss, lse, low, dinput = _forward(
-                input, target, weight, *options, return_lse, full_precision, fused
-            )
+            loss, lse, low, dinput = op(input, target, weight, *options, return_lse, full_precision, fused)
         _save(ctx, input, target, weight, lse, low, options)
         ctx.fused = fused
         if fused:
@@ -153,13 +169,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, dlse=None):
         if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
-            dinput, dtarget = *scale_known_gradients(ctx, dloss, ("dinput",)), None
+            dinput, dtarget = *scale_known_gradients(ctx, "cross_entropy", dloss, ("dinput",)), None
         else:
             dinput, dtarget = _gradients(ctx, dloss, dlse)
-        return dinput, dtarget, None, None, None, None, None
+        return dinput, dtarget, None, None, None, None, None, None
 
 
 def cross_entropy(
+    backend: str,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -173,17 +190,18 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The operator with autograd, arguments checked and converted already."""
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    op = kernel(backend, "cross_entropy")
     if torch.compiler.is_compiling():
-        loss, lse, *_ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+        loss, lse, *_ = op(input, target, weight, *options, return_lse, full_precision, False)
         return (loss, lse) if return_lse else loss
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         # float16: the gradients of a mean underflow unless the loss scale is in them from the start.
         fused = (
             reduction != 0 and not return_lse and not target.requires_grad and input.dtype != torch.float16
         )
-        return _CrossEntropy.apply(input, target, weight, return_lse, full_precision, fused, options)
+        return _CrossEntropy.apply(input, target, weight, return_lse, full_precision, fused, options, op)
     with _below_autograd():
-        loss, lse, *_ = _forward(input, target, weight, *options, return_lse, full_precision, False)
+        loss, lse, *_ = op(input, target, weight, *options, return_lse, full_precision, False)
     return (loss, lse) if return_lse else loss
 
 
@@ -200,8 +218,6 @@ def cross_entropy(
 # With the gradients in the forward, loss and gradients cost three matrix products; a backward from
 # lse recomputes the logits and costs a fourth.
 
-_linear_forward = torch.ops.fastlm.linear_cross_entropy.default
-_linear_backward_op = torch.ops.fastlm.linear_cross_entropy_backward.default
 _LINEAR_GRADIENTS = ("dinput", "dlinear_weight", "dlinear_bias")
 
 
@@ -214,7 +230,7 @@ def _empty_gradients(tensors, wanted):
     )
 
 
-@torch.library.register_fake("fastlm::linear_cross_entropy")
+@register_fake("linear_cross_entropy")
 def _(
     input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
     z_loss, softcap, full_precision, *wanted,
@@ -226,7 +242,7 @@ def _(
     return loss, lse, torch.empty_like(lse), *_empty_gradients((input, linear_weight, linear_bias), wanted)
 
 
-@torch.library.register_fake("fastlm::linear_cross_entropy_backward")
+@register_fake("linear_cross_entropy_backward")
 def _(
     dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, reduction,
     ignore_index, label_smoothing, z_loss, softcap, *wanted,
@@ -246,7 +262,8 @@ def _linear_gradients(ctx, dloss, dlse, needed):
         return None, None, None
     input, linear_weight, target, linear_bias, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
-    if torch.is_grad_enabled() or batched(dloss, dlse):
+    backend = choose_backend("linear_cross_entropy", input, backward=True)
+    if torch.is_grad_enabled() or batched(dloss, dlse) or backend == "eager":
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
         if dloss is not None:
             dloss = dloss.to(compute_dtype(input.dtype))
@@ -258,7 +275,7 @@ def _linear_gradients(ctx, dloss, dlse, needed):
         )  # fmt: skip
     if dloss is None:
         dloss = lse.new_zeros([] if reduction else lse.shape)
-    grads = _linear_backward_op(
+    grads = kernel(backend, "linear_cross_entropy_backward")(
         dloss, dlse, input, linear_weight, target, linear_bias, weight, lse, low, *ctx.options, *needed
     )
     return [g if need else None for g, need in zip(grads, needed, strict=True)]
@@ -276,9 +293,7 @@ def _linear_backward(ctx, dloss, dlse, *unused):
     return dinput, dweight, None, dbias, *[None] * 10
 
 
-torch.library.register_autograd(
-    "fastlm::linear_cross_entropy", _linear_backward, setup_context=_linear_setup_context
-)
+register_autograd("linear_cross_entropy", _linear_backward, _linear_setup_context)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -287,12 +302,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, linear_weight, linear_bias, target, weight, return_lse, full_precision, fused,
-        options,
+        options, op,
     ):  # fmt: skip
         ctx.needed = ctx.needs_input_grad[:3]
         wanted = ctx.needed if fused else (False, False, False)
         with _below_autograd():
-            loss, lse, low, *grads = _linear_forward(
+            loss, lse, low, *grads = op(
                 input, linear_weight, target, linear_bias, weight, *options, full_precision, *wanted
             )
         _save_linear(ctx, input, linear_weight, target, linear_bias, weight, lse, low, options)
@@ -304,13 +319,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, dlse=None):
         if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
-            grads = scale_known_gradients(ctx, dloss, _LINEAR_GRADIENTS)
+            grads = scale_known_gradients(ctx, "linear_cross_entropy", dloss, _LINEAR_GRADIENTS)
         else:
             grads = _linear_gradients(ctx, dloss, dlse, ctx.needed)
-        return *grads, None, None, None, None, None, None
+        return *grads, *[None] * 7
 
 
 def linear_cross_entropy(
+    backend: str,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -326,6 +342,7 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The operator with autograd, arguments checked and converted already."""
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    op = kernel(backend, "linear_cross_entropy")
     differentiated = torch.is_grad_enabled() and (
         input.requires_grad
         or linear_weight.requires_grad
@@ -336,12 +353,12 @@ def linear_cross_entropy(
         fused = reduction != 0 and not return_lse and input.dtype != torch.float16
         return _LinearCrossEntropy.apply(
             input, linear_weight, linear_bias, target, weight, return_lse, full_precision, fused,
-            options,
+            options, op,
         )  # fmt: skip
     arguments = (input, linear_weight, target, linear_bias, weight, *options, full_precision)
     if torch.compiler.is_compiling():
-        loss, lse, *_ = _linear_forward(*arguments, False, False, False)
+        loss, lse, *_ = op(*arguments, False, False, False)
     else:
         with _below_autograd():
-            loss, lse, *_ = _linear_forward(*arguments, False, False, False)
+            loss, lse, *_ = op(*arguments, False, False, False)
     return (loss, lse) if return_lse else loss

@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.ops import batched, reference_backward, under_transform
+from fastlm.ops import (
+    batched,
+    choose_backend,
+    kernel,
+    reference_backward,
+    register_autograd,
+    register_fake,
+    under_transform,
+)
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_forward = torch.ops.fastlm.gru_layer.default
-_backward = torch.ops.fastlm.gru_layer_backward.default
 
 
-@torch.library.register_fake("fastlm::gru_layer")
+@register_fake("gru_layer")
 def _(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save):
     D, B, H = hx.shape
     rows = input.shape[:-1]
@@ -43,7 +49,7 @@ def _(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, 
     )
 
 
-@torch.library.register_fake("fastlm::gru_layer_backward")
+@register_fake("gru_layer_backward")
 def _(
     grad_output, grad_hn, input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout,
     output, gates, normed, rstd, input_wanted, weights_wanted,
@@ -68,8 +74,9 @@ def _gradients(ctx, dout, dhn, input_wanted, hx_wanted, weights_wanted):
     has_biases, layer_norm, zoneout = ctx.options
     if dout is None and dhn is None:
         return None, None, [None] * len(weights)
+    backend = choose_backend("gru", input, backward=True)
     # create_graph=True asks for gradients that can be differentiated again.
-    if torch.is_grad_enabled() or batched(dout, dhn):
+    if torch.is_grad_enabled() or batched(dout, dhn) or backend == "eager":
 
         def formula(input, hx, *weights):
             return reference.gru_layer(
@@ -82,7 +89,7 @@ def _gradients(ctx, dout, dhn, input_wanted, hx_wanted, weights_wanted):
         return dx, dhx, dw
     if gates.shape[0] == 0:
         raise RuntimeError("fastlm::gru_layer: a gradient needs a forward with save=True")
-    dx, dhx, dw = _backward(
+    dx, dhx, dw = kernel(backend, "gru_layer_backward")(
         dout, dhn, input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout,
         out, gates, normed, rstd, input_wanted, any(weights_wanted),
     )  # fmt: skip
@@ -106,25 +113,26 @@ def _library_backward(ctx, dout, dhn, *unused):
     return dx, None, dhx, dw, None, None, None, None, None
 
 
-torch.library.register_autograd("fastlm::gru_layer", _library_backward, setup_context=_setup_context)
+register_autograd("gru_layer", _library_backward, _setup_context)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights):
+    def forward(ctx, op, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights):
         with _below_autograd():
-            output = _forward(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, True)
+            output = op(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, True)
         _save(ctx, input, batch_sizes, hx, update, weights, (has_biases, layer_norm, zoneout), output)
         return output[:2]
 
     @staticmethod
     def backward(ctx, dout, dhn):
         needs = ctx.needs_input_grad
-        dx, dhx, dw = _gradients(ctx, dout, dhn, needs[0], needs[2], needs[7:])
-        return dx, None, dhx, None, None, None, None, *dw
+        dx, dhx, dw = _gradients(ctx, dout, dhn, needs[1], needs[3], needs[8:])
+        return None, dx, None, dhx, None, None, None, None, *dw
 
 
 def gru_layer(
+    backend: str,
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: Tensor,
@@ -137,9 +145,10 @@ def gru_layer(
     """Output and last states of one layer, differentiable; see the head of this file."""
     if under_transform(input, hx, *weights):
         return reference.gru_layer(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout)
+    op = kernel(backend, "gru_layer")
     save = torch.is_grad_enabled() and (
         input.requires_grad or hx.requires_grad or any(w.requires_grad for w in weights)
     )
     if save and not torch.compiler.is_compiling():
-        return _Layer.apply(input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights)
-    return _forward(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)[:2]
+        return _Layer.apply(op, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights)
+    return op(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)[:2]

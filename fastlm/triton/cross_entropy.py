@@ -282,3 +282,29 @@ def cross_entropy_backward(
         loss, input, (None,), (lse.contiguous(), low.contiguous()), (label_smoothing, z_loss, softcap),
         ignore_index, scale, dloss, dlse, False, False, input_gradient, target_gradient,
     )  # fmt: skip
+
+
+# ---- gradients that the forward left -------------------------------------------------------
+
+
+@triton.jit
+def _scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+    """x *= factor; where that is 1, as it mostly is, nothing else is read."""
+    T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    by = tl.load(factor).to(T)
+    if by != 1:
+        step = tl.num_programs(0) * BLOCK
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
+            i = first + tl.arange(0, BLOCK)
+            v = tl.load(x + i, i < count, 0).to(T) * by
+            tl.store(x + i, narrow(v, x.dtype.element_ty), i < count)
+
+
+_scale = Kernel(_scale_kernel, lambda target, dtype: [Config(dict(BLOCK=2048))], matrix=False)
+
+
+def scale_(gradients: list[Tensor], factor: Tensor) -> None:
+    for x in gradients:
+        n = x.numel()
+        flat = x.as_strided((n,), (1,))  # dense, of any layout
+        _scale(lambda blocks, n=n: (min(cdiv(n, blocks["BLOCK"]), 1024),), flat, factor, n)

@@ -14,13 +14,13 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastlm import cuda, ops, triton
+from fastlm import cuda, ops
 from tests.simt.build import build, library
 
 
@@ -35,6 +35,7 @@ def _library() -> ctypes.CDLL:
     loaded.simt_count.argtypes = (ctypes.c_bool,)
     loaded.simt_gpu.argtypes = loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t)
     loaded.simt_listed.restype = ctypes.c_char_p
+    ops.add_operators("cuda-host")
     return loaded
 
 
@@ -107,20 +108,12 @@ def listing(multiprocessors: int, shared_bytes: int) -> Iterator[set[Launch]]:
 # ---- as a backend, see fastlm.ops ----
 
 
-@functools.cache
-def _modules() -> dict[str, str]:
-    _library()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {x: "csrc/cuda" for x in triton.MODULES if has(f"fastlm_cuda_host::{x}", "CPU")}
-
-
-def __getattr__(name: str):
-    if name == "MODULES":
-        return _modules()
-    raise AttributeError(name)
+NAMESPACE = "fastlm_cuda_host"
+refuses = cuda.refuses
 
 
 def missing() -> str | None:
+    _library()
     return None
 
 
@@ -130,15 +123,6 @@ def note() -> str:
 
 def devices() -> tuple[str, ...]:
     return ("cpu",)
-
-
-def refuses(function: str, tensor: torch.Tensor) -> str | None:
-    needed = cuda.NEEDED[function]
-    return cuda.no_kernel(function, tensor) if needed in _modules() else f"no {needed} in this build"
-
-
-def kernel(operator: str) -> Callable:
-    return getattr(torch.ops.fastlm_cuda_host, operator).default
 
 
 ops.FAMILIES["cuda-host"] = sys.modules[__name__]
