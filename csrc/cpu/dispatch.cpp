@@ -3,13 +3,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <thread>
-#include <vector>
+
+#ifdef FASTLM_OWN_THREADS
+#include "own_threads.h"
+#endif
 
 // FASTLM_FOR_EACH_ISA(X) is defined by setup.py: X(generic) X(avx2) ...
 #define FASTLM_DECLARE(name)           \
@@ -85,33 +86,16 @@ const Kernels* all_kernels(int* count) {
 
 void use_kernels(const Kernels& k) { registry().current = &k; }
 
-#if defined(FASTLM_OWN_THREADS)
-// Threads of our own, started and joined in each call: the thread sanitizer sees every hand-over,
-// which it cannot in an OpenMP runtime that was built without it.
 Pool torch_pool() {
-  static thread_local bool inside = false;
   return {[](int64_t n, int64_t grain, RangeFn f, void* ctx) {
-            const int64_t chunks = std::max<int64_t>(1, n / std::max<int64_t>(grain, 1));
-            const int64_t threads = inside ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), chunks);
-            const int64_t chunk = (n + threads - 1) / threads;
-            std::vector<std::thread> team;
-            for (int64_t begin = 0; begin < n; begin += chunk)
-              team.emplace_back([=] {
-                inside = true;
-                f(begin, std::min(begin + chunk, n), ctx);
-              });
-            for (auto& t : team) t.join();
-          },
-          int(torch::stable::get_num_threads())};
-}
+#ifdef FASTLM_OWN_THREADS
+            run_on_own_threads(int(torch::stable::get_num_threads()), n, grain, f, ctx);
 #else
-Pool torch_pool() {
-  return {[](int64_t n, int64_t grain, RangeFn f, void* ctx) {
             STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, f, ctx));
+#endif
           },
           int(torch::stable::get_num_threads())};
 }
-#endif
 
 void* thread_scratch(ScratchSlot slot, size_t bytes) {
   struct Buffer {

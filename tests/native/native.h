@@ -2,10 +2,8 @@
 // that is allocated at every growth, so that the sanitizers see each buffer's exact size.
 #pragma once
 #include <cstdlib>
-#include <thread>
-#include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/own_threads.h"
 
 namespace fastlm {
 
@@ -13,16 +11,7 @@ inline int test_threads = 1;
 
 inline Pool test_pool(int threads) {
   test_threads = threads;
-  return {[](int64_t n, int64_t grain, RangeFn f, void* ctx) {
-            const int64_t most = grain > 0 ? (n + grain - 1) / grain : n;
-            const int64_t workers = most < test_threads ? most : test_threads;
-            const int64_t chunk = (n + workers - 1) / workers;
-            std::vector<std::thread> team;
-            for (int64_t begin = chunk; begin < n; begin += chunk)
-              team.emplace_back(f, begin, begin + chunk < n ? begin + chunk : n, ctx);
-            f(0, chunk < n ? chunk : n, ctx);
-            for (auto& t : team) t.join();
-          },
+  return {[](int64_t n, int64_t grain, RangeFn f, void* ctx) { run_on_own_threads(test_threads, n, grain, f, ctx); },
           threads};
 }
 
