@@ -14,7 +14,7 @@ import fastlm.triton
 from fastlm import ops
 
 pytest.importorskip("triton")
-from fastlm.triton import launch  # noqa: E402
+from fastlm.triton import launch, matmul  # noqa: E402
 
 # Logarithms of 0 and differences of infinities are meant; numpy, which interprets, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -193,6 +193,38 @@ def test_choice_is_timed_once_and_kept(monkeypatch, tmp_path):
     assert choose() == configs[1] and len(timed) == 9
     os.chmod(file.parent, 0o500)  # a cache that can't be written costs time only
     assert choose(FLAG=3) == configs[1]
+
+
+class Event:
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+@interpreted
+def test_tuning_leaves_what_a_kernel_adds_to(monkeypatch, tmp_path):
+    """The launches that are timed add to a copy, laid out as the result is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "target_of", lambda device: launch.TARGETS["sm_90"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(matmul._matmul, "_chosen", {})
+    monkeypatch.setattr(matmul._matmul.function, "cache_key", "0123456789abcdef", raising=False)
+    a, b, sums = (torch.randn(shape) for shape in ((5, 7), (7, 6), (5, 9)))
+    expected = sums.clone()
+    expected[:, :6] += a @ b
+    out = sums[:, :6]
+    matmul.matmul(a, b, out, addend=out)
+    assert list(tmp_path.rglob("*.json"))
+    torch.testing.assert_close(sums, expected)
 
 
 def test_precision_of_float32_follows_torch():

@@ -19,7 +19,6 @@ from torch import Tensor
 from fastlm.triton.device import LOG2E, narrow, random_words, tanh, widen
 from fastlm.triton.launch import Target, current_target, dot_precision, next_power_of_2
 
-UNBOUNDED = 1 << 30
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
@@ -277,13 +276,14 @@ class Call:
             mask_strides = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
             mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
         dropout = dropout_p > 0
+        furthest = self.Tq + self.Tk  # so that offsets of rows beside a window stay inside of 32 bits
         # In the order of the kernels' parameters behind their own.
         self.arguments = (
             self.q, self.k, self.v, mask, slopes, cu_q, cu_k, used, table,
             int(seed) if dropout else 0, min(int(dropout_p * 2.0**32), 2**32 - 1) if dropout else 0,
             *self.strides(self.q), *self.strides(self.k), *self.strides(self.v), *mask_strides, *page,
             0 if table is None else table.stride(0), self.Hkv, self.Tq, self.Tk,
-            min(left, UNBOUNDED), min(right, UNBOUNDED), scale, softcap,
+            min(left, furthest), min(right, furthest), scale, softcap,
         )  # fmt: skip
         self.keep_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         self.constants = {

@@ -29,6 +29,8 @@ from fastlm.triton.launch import Config, Kernel, cdiv, current_target, dot_preci
 from fastlm.triton.matmul import compute_dtype, matmul
 
 NORM_EPS = tl.constexpr(1e-5)
+# No access is wider for what these are divisible by: another length or batch must not compile anew.
+SCALARS = ("T", "B", "D", "N")
 
 
 # ---- the recurrence -------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def _make_gates(
         tl.store(at + (3 * H + u)[None, :], y_n, used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _gru_forward_kernel(
     w_hh, gates, b_hh, g_hh, state, raw, update, offsets, lengths, out, hn, normed, rstd,
     T, B, H, D, N, gates_row, zoneout: tl.float64,
@@ -232,7 +234,7 @@ def _normalise(raw, gain, normed, row, active, u, H, offset, mean, scale):
     return v * tl.load(gain + offset + u, u < H, 0).to(y.dtype)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _gru_backward_kernel(
     w_hh, gates, g_hh, carry, dout, out, h0, update, offsets, lengths, delta, outer, previous, normed, rstd,
     T, B, H, D, N, delta_row, input_at, zoneout: tl.float64,
@@ -422,7 +424,7 @@ def _recurrence_configs(target, dtype, **constants):
             Config(dict(BB=16, BU=64, BK=64), 8, stages),
             Config(dict(BB=16, BU=128, BK=64), 8, 2),
         ]
-    return [Config(dict(BB=16, BU=32, BK=32), 4, 2)]
+    return [Config(dict(BB=16, BU=32, BK=32), 8, 2)]
 
 
 def _row_configs(target, dtype, **constants):

@@ -80,8 +80,8 @@ def matrix_configs(target, dtype, **constants):
         return [Config(dict(BM=32, BN=32, BK=16, GROUP=8), 4, 2)]
     if dtype.itemsize == 4:  # without tensor cores, factors of a step stand in registers: short steps
         return [
-            Config(dict(BM=64, BN=64, BK=16, GROUP=8), 8, 3),
-            Config(dict(BM=128, BN=64, BK=16, GROUP=8), 8, 3),
+            Config(dict(BM=64, BN=64, BK=16, GROUP=8), 8, 2),
+            Config(dict(BM=64, BN=64, BK=16, GROUP=8), 4, 2),
         ]
     stages = 2 if target.kind == "hip" else 3
     return [
@@ -90,7 +90,7 @@ def matrix_configs(target, dtype, **constants):
     ]
 
 
-_matmul = Kernel(_matmul_kernel, matrix_configs)
+_matmul = Kernel(_matmul_kernel, matrix_configs, restore=("out",))  # which may be addend too
 
 
 def matmul(
