@@ -335,7 +335,7 @@ FASTLM_DEVICE void store_part(const float (&c)[M][D / 8][4], float factor, int c
       float* const to = at(16 * m + g + 8 * half);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        if (to && 8 * n < columns)
+        if (to && 8 * n + 2 * t < columns)  // rows are of whole chunks, in float32 of 4 columns
           store_global(reinterpret_cast<Two*>(to + 8 * n + 2 * t),
                        Two{{c[m][n][2 * half] * factor, c[m][n][2 * half + 1] * factor}});
     }
