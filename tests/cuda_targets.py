@@ -56,7 +56,7 @@ def compile(targets: tuple[str, ...], every: bool) -> list[Path]:
     environment = os.environ | {"FASTLM_CUDA_ARCHS": ";".join(archs), "FASTLM_BUILD": str(folder)}
     if not every:
         flags = os.environ.get("NVCC_APPEND_FLAGS", "")
-        environment["NVCC_APPEND_FLAGS"] = f"{flags} -DFASTLM_SOME_KERNELS".strip()
+        environment["NVCC_APPEND_FLAGS"] = f"{flags} -DFASTLM_SOME_KERNELS=128".strip()
     command = [sys.executable, "setup.py", "--quiet", "cuda_code", f"--sources={','.join(sources)}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

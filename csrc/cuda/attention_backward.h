@@ -140,12 +140,8 @@ template <class T, int D> void run_size(BackwardCall& call) {
 
 // All gradients of a call that is not empty.
 template <class T> void run_backward(BackwardCall& call) {
-  const int size = std::max(call.p.a.D, call.p.a.Dv);
-  if constexpr (!kAllKernels) run_size<T, 128>(call);
-  else if (size <= 32) run_size<T, 32>(call);
-  else if (size <= 64) run_size<T, 64>(call);
-  else if (size <= 128) run_size<T, 128>(call);
-  else run_size<T, 256>(call);
+  with_head_size(std::max(call.p.a.D, call.p.a.Dv), call.op,
+                 [&](auto size) { run_size<T, decltype(size)::value>(call); });
 }
 extern template void run_backward<float>(BackwardCall&);
 extern template void run_backward<bf16>(BackwardCall&);

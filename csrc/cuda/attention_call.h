@@ -256,20 +256,14 @@ inline AttentionCall packed_call(const char* op, const Tensor& q, const Tensor& 
 
 // ---- instances -----------------------------------------------------------------------------
 
-// Calls f(T{}, std::integral_constant<int, S>{}) for the call's dtype and the least head size S of 32, 64,
-// 128 and 256 that holds D and Dv.
+// Calls f(T{}, std::integral_constant<int, S>{}) for the call's dtype and head size.
 template <class F> void with_instance(const AttentionCall& c, const F& f) {
-  const auto with_type = [&](auto size) {
+  with_head_size(std::max(c.p.D, c.p.Dv), c.op, [&](auto size) {
     if (c.dtype == ScalarType::Float) f(float{}, size);
     else if (c.dtype == ScalarType::BFloat16) f(bf16{}, size);
-    else f(f16{}, size);
-  };
-  const int size = std::max(c.p.D, c.p.Dv);
-  if constexpr (!kAllKernels) return f(bf16{}, std::integral_constant<int, 128>{});
-  else if (size <= 32) with_type(std::integral_constant<int, 32>{});
-  else if (size <= 64) with_type(std::integral_constant<int, 64>{});
-  else if (size <= 128) with_type(std::integral_constant<int, 128>{});
-  else with_type(std::integral_constant<int, 256>{});
+    else if constexpr (kAllKernels) f(f16{}, size);
+    else STD_TORCH_CHECK(false, "fastlm::", c.op, ": this build has no float16");
+  });
 }
 
 }  // namespace

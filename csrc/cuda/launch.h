@@ -27,13 +27,28 @@ namespace fastlm::cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tests that read the compiled kernels look at some only, for all of them take the compiler long: not at
-// float16, which compiles as bfloat16 does, and at one head size. `make cuda-targets` takes all.
+// Tests that read the compiled kernels, and the sanitizers, look at some only, for all of them take the compiler
+// long: not at float16, which compiles as bfloat16 does, and at attention for heads up to this size, if there is
+// one. `make cuda-targets` takes all.
 #ifdef FASTLM_SOME_KERNELS
-inline constexpr bool kAllKernels = false;
+inline constexpr int kOnlyHead = FASTLM_SOME_KERNELS;
 #else
-inline constexpr bool kAllKernels = true;
+inline constexpr int kOnlyHead = 0;
 #endif
+inline constexpr bool kAllKernels = kOnlyHead == 0;
+
+// Calls f(std::integral_constant<int, S>{}) for the least S of 32, 64, 128 and 256 that holds a head of `size`.
+template <class F> void with_head_size(int size, const char* op, const F& f) {
+  if constexpr (!kAllKernels) {
+    STD_TORCH_CHECK(size <= kOnlyHead, "fastlm::", op, ": this build has no heads of ", size);
+    return f(std::integral_constant<int, kOnlyHead>{});
+  } else {
+    if (size <= 32) f(std::integral_constant<int, 32>{});
+    else if (size <= 64) f(std::integral_constant<int, 64>{});
+    else if (size <= 128) f(std::integral_constant<int, 128>{});
+    else f(std::integral_constant<int, 256>{});
+  }
+}
 
 #ifdef __CUDACC__
 

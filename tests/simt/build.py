@@ -20,9 +20,9 @@ CSRC = ROOT / "csrc"
 
 KINDS = {
     "plain": "-O2",
-    "address": "-O1 -g1 -fsanitize=address -DFASTLM_SOME_KERNELS",
+    "address": "-O1 -g1 -fsanitize=address -DFASTLM_SOME_KERNELS=32",
     # Lanes are threads here, and only here.
-    "thread": "-O1 -g1 -fsanitize=thread -DFASTLM_SOME_KERNELS -DSIMT_THREADS",
+    "thread": "-O1 -g1 -fsanitize=thread -DFASTLM_SOME_KERNELS=32 -DSIMT_THREADS",
 }
 # Kernels view memory as vectors of other types, which nvcc allows; kernels' names stay visible for the counts.
 FLAGS = (
@@ -37,14 +37,12 @@ def library() -> str:
     return f"libfastlm_cuda_host{'-' + chosen.replace(',', '-') if chosen else ''}.so"
 
 
-def sources() -> list[Path]:
-    """Launchers, each with its kernels."""
-    chosen = os.environ.get("FASTLM_SIMT_SOURCES")
-    return (
-        sorted(CSRC.glob("cuda/*.cu"))
-        if not chosen
-        else [CSRC / "cuda" / f"{x}.cu" for x in chosen.split(",")]
-    )
+def sources(kind: str) -> list[Path]:
+    """Launchers, each with its kernels; without float16 where FASTLM_SOME_KERNELS leaves it out."""
+    if chosen := os.environ.get("FASTLM_SIMT_SOURCES"):
+        return [CSRC / "cuda" / f"{x}.cu" for x in chosen.split(",")]
+    every = sorted(CSRC.glob("cuda/*.cu"))
+    return [x for x in every if kind == "plain" or not x.stem.endswith("_float16")]
 
 
 def quote(words):
@@ -80,7 +78,7 @@ def ninja_script(kind):
     model = compile(HERE / "simt.cpp")
     # The same schemas, in a library of another name.
     objects = [compile(CSRC / "ops.cpp", "$torch -Dfastlm=fastlm_cuda_host")]
-    objects += [compile(source, "$torch") for source in sources()]
+    objects += [compile(source, "$torch") for source in sources(kind)]
     lines.append(f"build {library()}: library {model} {' '.join(objects)}")
     lines.append(f"build kernels: program {model} {compile(HERE / 'kernels.cpp')}")
     return "\n".join([*lines, ""])
