@@ -236,12 +236,12 @@ __global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps, 2)
   const AttentionParams& a = p.a;
 
   // The last rows of a causal sequence see the most keys: these blocks go first.
-  int64_t x = blockIdx.x;
-  const int split = int(x % p.splits);
+  int x = int(blockIdx.x);
+  const int split = x % p.splits;
   x /= p.splits;
-  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % p.blocks)) * block_rows;
+  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - x % p.blocks) * block_rows;
   x /= p.blocks;
-  const int hkv = int(x % a.Hkv), b = int(x / a.Hkv);
+  const int hkv = x % a.Hkv, b = x / a.Hkv;
   const Sequence s = sequence_of(a, b);
   const int rows = s.Tq * a.group;
   const KeySplits splits = splits_of(p, s.Tk);

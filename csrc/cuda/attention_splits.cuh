@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps) attention_combine(const __
   using Four = Pack<float, 4>;
   constexpr int kMost = 256, kPart = kMost + 4;
   const AttentionParams& a = p.a;
-  const int64_t x = blockIdx.x;
-  const int r = int(x % p.rows_most), hkv = int(x / p.rows_most % a.Hkv), b = int(x / p.rows_most / a.Hkv);
+  const int rows = int(p.rows_most), x = int(blockIdx.x) / rows, r = int(blockIdx.x) % rows;
+  const int hkv = x % a.Hkv, b = x / a.Hkv;
   const Sequence s = sequence_of(a, b);
   if (r >= s.Tq * a.group) return;
   const int count = splits_of(p, s.Tk).count, lane = lane_index();

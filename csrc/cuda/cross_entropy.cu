@@ -143,6 +143,7 @@ void Loss::assert_targets() {
 // Values of each token for a backward, of the compute dtype.
 const void* Loss::per_token(const Tensor& t, const char* name) {
   check_dtype(t, compute, op_, name);
+  check_device(t, like_, op_, name);
   STD_TORCH_CHECK(t.numel() == size.N * size.S, "fastlm::", op_, ": ", name, " has shape ", shape_string(t));
   held_.push_back(fastlm::contiguous(t));
   return held_.back().const_data_ptr();
@@ -159,6 +160,7 @@ void Loss::start_backward(const Tensor& dloss, const OptionalTensor& dlse, const
     return;
   }
   check_shape(dloss, {}, op_, "dloss");
+  check_device(dloss, like_, op_, "dloss");
   SumParams p = denominator();
   if (reduction_ == kSum) {
     p.count = 0;

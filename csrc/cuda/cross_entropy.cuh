@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocks<In>)
       [&](const Out* written, int64_t stride) { return token.template span<W>(written, stride); },
       [&](Running<T>& sum) {
         sum.join_lanes();
-        if (team == 32) return;
+        if (team == 32) return __syncwarp();  // gradients may take the place of logits that other lanes have read
         Running<T>* const warps = reinterpret_cast<Running<T>*>(shared_memory());
         if (lane_index() == 0) warps[warp_index()] = sum;
         __syncthreads();

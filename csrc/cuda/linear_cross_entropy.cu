@@ -179,6 +179,7 @@ Gradients run_linear(Device& device, Loss& loss, bool forward, const Tensor& inp
     if (!wanted || !like) return new_like(input, {0}, loss.dtype);
     return new_like(input, {like->sizes().begin(), like->sizes().end()}, loss.dtype);
   };
+  if (linear_bias) check_device(*linear_bias, input, "linear_cross_entropy", "linear_bias");
   dbias = dbias && linear_bias;
   const Gradients g{output(input, dinput), output(linear_weight, dweight), output(linear_bias, dbias)};
   const int64_t V = loss.size.C * loss.size.S, D = input.size(input.dim() - 1);
