@@ -4,7 +4,8 @@ where nvcc is found and either a wheel is built or the torch that is here has CU
 
 Environment: CXX (compiler), CXXFLAGS and LDFLAGS (appended), MAX_JOBS, FASTLM_ISAS (comma-separated
 instruction sets to build; default: all of this architecture), FASTLM_CUDA_ARCHS (GPUs to build for, as
-"80;90"; default: all of CUDA_ARCHS), CUDA_HOME, FASTLM_BUILD (folder of the objects).
+"80;90"; default: all of CUDA_ARCHS), CUDA_HOME, FASTLM_BUILD (folder of the objects). nvcc itself reads
+NVCC_CCBIN, its own C++ compiler, and NVCC_APPEND_FLAGS.
 """
 
 import os

@@ -247,7 +247,7 @@ inline AttentionCall packed_call(const char* op, const Tensor& q, const Tensor& 
   }
   p.Tq = small(std::min(o.max_q, q.size(0)), op, "queries");
   p.Tk = small(p.used ? room : std::min(o.max_k, room), op, "keys");
-  small(int64_t(p.Tq) * p.group, op, "queries of a key head");
+  small(q.size(0) * p.group, op, "queries of a key head");
   set_window(p, false, o.window_left, o.window_right);
   p.scale = float(o.scale);
   p.keep_scale = 1;
