@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import OPERATORS, Operator
+from cases import LINEAR, OPERATORS, Operator
 from harness import cotangents_for, differentiable, map_tensors, tensors_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +16,7 @@ from fastlm import _C
 EAGER, UNFUSED, COMPILED, FASTLM = "eager", "eager unfused", "torch.compile", "fastlm"
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = (torch.float32, torch.bfloat16)
+MEASURED = OPERATORS | {LINEAR.name: LINEAR}
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Workload:
     def problem(self):
         if self.operator == TrainingStep.operator:
             return TrainingStep(self.shape, self.dtype)
-        return OperatorProblem(OPERATORS[self.operator], self.shape, self.dtype)
+        return OperatorProblem(MEASURED[self.operator], self.shape, self.dtype)
 
 
 def workloads() -> list[Workload]:
     found = [
         Workload(operator.name, case.id, dtype)
-        for operator in OPERATORS.values()
+        for operator in MEASURED.values()
         for case in operator.bench
         for dtype in DTYPES
         if dtype in case.dtypes

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlm import functional
 from fastlm.functional.gru import check_probability
 
-__all__ = ["CrossEntropyLoss", "GRU", "GRUCell", "LinearCrossEntropyLoss", "MultiheadAttention"]
+__all__ = ["CrossEntropyLoss", "GRU", "GRUCell", "Linear", "LinearCrossEntropyLoss", "MultiheadAttention"]
 
 # ---- MultiheadAttention -------------------------------------------------------------------
 
@@ -527,3 +527,18 @@ class LinearCrossEntropyLoss(_LinearLoss):
             f"options={self.options}",
         ]
         return ", ".join(fields + _loss_repr(self))
+
+
+# ---- Linear -------------------------------------------------------------------------------
+
+
+class Linear(torch.nn.Linear):
+    """torch.nn.Linear on :func:`fastlm.linear`: y = x W^T + b, x (..., in_features), y (..., out_features).
+
+    Constructor, attributes, parameters (`weight` (out_features, in_features), `bias` (out_features) or
+    None), initialisation, `state_dict` and `repr` are those of torch.nn.Linear, of which this is a subclass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output; errors are those of the function."""
+        return functional.linear(input, self.weight, self.bias)

@@ -7,6 +7,7 @@ class, so that isinstance, pickling and subclasses of torch's modules stay as th
     F.scaled_dot_product_attention   also by nn.MultiheadAttention, nn.Transformer...
     F.cross_entropy                  also by nn.CrossEntropyLoss
     F.linear_cross_entropy           also by nn.LinearCrossEntropyLoss
+    F.linear                         also by nn.Linear and whatever else is made of it
     torch.gru, torch._VF.gru         what nn.GRU.forward calls, whenever the GRU was made
     torch.gru_cell, torch._VF.gru_cell
     torch.nn.attention.varlen.varlen_attn
@@ -34,6 +35,7 @@ from torch.overrides import has_torch_function
 import fastlm.functional
 import fastlm.nn
 from fastlm.ops import KERNEL_DTYPES
+from fastlm.ops.linear import linear as ops_linear
 from fastlm.reference import is_causal_bias
 
 VARLEN = "torch.nn.attention.varlen"
@@ -90,6 +92,7 @@ def _is_plain(x: Any) -> bool:
 _originals: dict[str, Callable] = {
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
     "cross_entropy": F.cross_entropy,
+    "linear": F.linear,
     "gru": torch.gru,
     "gru_cell": torch.gru_cell,
 }
@@ -169,6 +172,11 @@ def _linear_cross_entropy(
         label_smoothing=label_smoothing,
         options=options,
     )
+
+
+def _linear(input, weight, bias=None):
+    # Calls for which there is nothing better are F.linear's there, with the fewest questions.
+    return ops_linear(input, weight, bias) if _active else _originals["linear"](input, weight, bias)
 
 
 def _gru(input, *args, **kwargs):
@@ -279,7 +287,7 @@ def _activate() -> None:
     global _active
     if _active:
         return
-    for name in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"):
+    for name in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear"):
         if name in _originals:
             _put(F, name)
     for name in ("gru", "gru_cell"):
@@ -323,7 +331,7 @@ def _deactivate() -> None:
 def install() -> None:
     """Run every program in this process on fastlm, until :func:`uninstall`.
 
-    Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, varlen_attn,
+    Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, varlen_attn,
     nn.GRU and nn.GRUCell run on fastlm, from modules made before as well as after; what no kernel
     serves (device, dtype, tensor subclass, functorch transform) keeps torch's function. A second
     call changes nothing. Threads see the change at once.
@@ -368,7 +376,7 @@ _converted = {
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Make the torch.nn modules inside a model fastlm's, in place.
 
-    GRU, GRUCell, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those of
+    GRU, GRUCell, Linear, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those of
     :mod:`fastlm.nn` and stay the same objects: parameters, buffers, hooks, optimizers and shared
     references keep working. Subclasses of torch's modules are left alone, as they may compute
     something else.

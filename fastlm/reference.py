@@ -460,6 +460,31 @@ def cross_entropy(
     return (loss, lse) if return_lse else loss
 
 
+# ---- linear -------------------------------------------------------------------------------
+
+_ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """activation(x W^T + b) for x (..., K), W (N, K), b (N)."""
+    dtype = input.dtype
+    if dtype in LOW_PRECISION:
+        input, weight = input.float(), weight.float()
+        bias = None if bias is None else bias.float()
+    y = input @ weight.t()
+    return _ACTIVATIONS[activation](y if bias is None else y + bias).to(dtype)
+
+
 # ---- linear_cross_entropy -----------------------------------------------------------------
 
 

@@ -871,3 +871,89 @@ register(
         bytes=_linear_bytes,
     )
 )
+
+
+# ---- linear -------------------------------------------------------------------------------
+
+EAGER_ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def linear_case(
+    id: str,
+    input: Sequence[int],
+    weight: Sequence[int],
+    bias: bool = True,
+    layout: str = "contiguous",
+    by_columns: bool = False,
+    frozen: str = "",
+    activation: str | None = None,
+) -> Case:
+    """x (..., K) and W (N, K); by_columns: W is a transposed view; frozen: needs no gradient."""
+
+    def build(dtype, seed):
+        draw = Draw(dtype, seed)
+        x = draw(*input, layout=layout, grad=frozen != "input")
+        w = draw(*weight, layout="transposed" if by_columns else "contiguous", grad=frozen != "weight")
+        b = draw(*weight[:-1], grad=frozen != "bias") if bias else None
+        return (x, w, b), {} if activation is None else {"activation": activation}
+
+    return Case(id, build)
+
+
+def _eager_linear(input, weight, bias, activation=None):
+    y = torch.nn.functional.linear(input, weight, bias)
+    return y if activation is None else EAGER_ACTIVATIONS[activation](y)
+
+
+def _linear_products(input, weight, *args, **kwargs):
+    forward = 2 * input.numel() * weight.size(0)
+    return forward, 2 * forward
+
+
+def _linear_traffic(input, weight, *args, **kwargs):
+    M, (N, K), size = input.numel() // weight.size(1), weight.shape, input.element_size()
+    return (M * K + N * K + M * N) * size, (2 * M * K + 2 * N * K + M * N) * size
+
+
+# No kernel of fastlm: it chooses among torch's products, so that the tests of registered operators, which
+# go through OPERATORS, have nothing to look at (test_linear.py runs its cases each way).
+LINEAR = Operator(
+    "linear",
+    fastlm.linear,
+    fastlm.reference.linear,
+    _eager_linear,
+    cases=(
+        linear_case("plain", (5, 7), (9, 7)),
+        linear_case("no-bias", (5, 7), (9, 7), bias=False),
+        linear_case("one", (1, 1), (1, 1)),
+        linear_case("vector", (7,), (9, 7)),
+        linear_case("batches", (2, 3, 5, 16), (33, 16)),
+        linear_case("batches-no-bias", (2, 3, 16), (33, 16), bias=False),
+        linear_case("one-row-of-many", (1, 1, 65), (130, 65)),
+        linear_case("by-columns", (5, 7), (9, 7), by_columns=True),
+        linear_case("by-columns-no-bias", (3, 5, 16), (8, 16), bias=False, by_columns=True),
+        *(linear_case(f"input-{layout}", (6, 5, 16), (9, 16), layout=layout) for layout in LAYOUTS[1:]),
+        *(linear_case(f"frozen-{what}", (5, 7), (9, 7), frozen=what) for what in ("input", "weight", "bias")),
+        linear_case("no-rows", (0, 7), (9, 7)),
+        linear_case("no-outputs", (5, 7), (0, 7)),
+        linear_case("no-inputs", (5, 0), (9, 0)),
+        linear_case("weight-vector", (5, 7), (7,), bias=False),
+        *(linear_case(name, (5, 7), (9, 7), activation=name) for name in EAGER_ACTIVATIONS),
+    ),
+    bench=(
+        linear_case("1024x768x2304", (1024, 768), (2304, 768)),
+        linear_case("1024x768x768", (1024, 768), (768, 768)),
+        linear_case("1024x768x3072", (1024, 768), (3072, 768)),
+        linear_case("1024x3072x768", (1024, 3072), (768, 3072)),
+        linear_case("smallest-4x8x8", (4, 8), (8, 8)),
+    ),
+    flops=_linear_products,
+    bytes=_linear_traffic,
+)

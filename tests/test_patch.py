@@ -21,6 +21,7 @@ PLACES = (
     (F, "scaled_dot_product_attention"),
     (F, "cross_entropy"),
     (F, "linear_cross_entropy"),
+    (F, "linear"),
     (torch, "gru"),
     (torch, "gru_cell"),
     (torch._VF, "gru"),

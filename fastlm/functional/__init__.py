@@ -3,11 +3,13 @@
 from fastlm.functional.attention import scaled_dot_product_attention, varlen_attn
 from fastlm.functional.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.functional.gru import gru, gru_cell
+from fastlm.functional.linear import linear
 
 __all__ = [
     "cross_entropy",
     "gru",
     "gru_cell",
+    "linear",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
     "varlen_attn",

@@ -2,18 +2,12 @@
 
 A kernel is a jitted function beside a function that lists its configurations for a target, the best
 guess first. The first call of a kernel for new constants, dtypes or sizes (rounded up to powers of two)
-times the list, and keeps the choice in a file ($XDG_CACHE_HOME/fastlm or ~/.cache/fastlm), so that the
-next program and the next day run the same configuration and give the same bits. FASTLM_AUTOTUNE=0 takes
-the best guess at once.
+times the list, and keeps the choice (see fastlm/tuned.py).
 """
 
 import contextlib
 import functools
-import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
 
+from fastlm import tuned
 from fastlm.targets import TARGETS, Target
 
 cdiv = triton.cdiv
@@ -151,9 +146,9 @@ class Kernel:
         if target.kind == "interpreter" or len(configs) == 1:
             return configs[0]
         capturing = torch.cuda.is_current_stream_capturing()
-        if os.environ.get("FASTLM_AUTOTUNE") == "0" or capturing:
+        if not tuned.wanted() or capturing:
             return next(c for c in configs if self._fits(args, constants, c, target))
-        record = _Record(self, target, key)
+        record = _record(self, target, key)
         chosen = record.read()
         if chosen not in map(str, configs):
             chosen = str(min(configs, key=lambda c: self._time(grid(c.blocks), args, constants, c)))
@@ -188,34 +183,12 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-class _Record:
-    """The chosen configuration of one kernel for one key, in a file for each kernel and device."""
-
-    def __init__(self, kernel: Kernel, target: Target, key: tuple):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "tuned"
-        device = torch.cuda.get_device_name(key[0]).replace(" ", "-").replace("/", "-")
-        # Another source of the kernel or another compiler may have another best configuration.
-        version = f"{triton.__version__}-{kernel.function.cache_key[:16]}"
-        self.path = folder / f"{kernel.name}-{target.name}-{device}-{version}.json"
-        self.key = " ".join(str(part) for part in key[1:])
-
-    def _all(self) -> dict[str, str]:
-        try:
-            return json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-
-    def read(self) -> str | None:
-        return self._all().get(self.key)
-
-    def write(self, chosen: str) -> None:
-        """Replaces the file whole, so that another process never reads half of it. A cache that can't
-        be written, as in a home that is read-only, costs the next program its time only."""
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump(self._all() | {self.key: chosen}, file, indent=1)
-            os.replace(file.name, self.path)
+def _record(kernel: Kernel, target: Target, key: tuple) -> tuned.Record:
+    """Of the configuration of one kernel for one key, in a file for each kernel and device."""
+    device = torch.cuda.get_device_name(key[0])
+    # Another source of the kernel or another compiler may have another best configuration.
+    version = f"{triton.__version__}-{kernel.function.cache_key[:16]}"
+    return tuned.Record(f"{kernel.name}-{target.name}-{device}-{version}", " ".join(map(str, key[1:])))
 
 
 # ---- ahead of time -------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""Linear layers: autograd, and which calls are ours.
+
+    y = x W^T + b                                 x (..., K), W (N, K), b (N), y (..., N)
+    dx = dy W,  dW = dy^T x,  db = sum of dy's rows
+
+On a CPU each of the three products goes the way that products.py finds fastest. Where these are torch's own,
+and wherever something else than plain CPU tensors comes in, the call is F.linear's, to the bit, as is any
+under torch.use_deterministic_algorithms, which leaves nothing to timing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastlm import ops
+from fastlm.ops import batched, products
+
+original = torch._C._nn.linear  # F.linear, whatever is installed over that name
+_keys_of = torch._C._dispatch_keys
+_is_compiling = torch.compiler.is_compiling
+
+# Elements of input times elements of weight below which a choice gains less than it costs to look up. Other
+# dtypes have none.
+_SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 22}
+_TYPES = (Tensor, Parameter)
+_ALL_TORCH = ("torch", "torch", "torch")
+# The ways of forward, input gradient and weight gradient; torch's too for a gradient that isn't wanted.
+_known: dict[tuple, tuple[str, str, str]] = {}
+
+
+def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, tuple] | None:
+    """The dtype of the products and their ways; None where the call is F.linear's, to serve or to refuse.
+
+    Cheap questions come first: a call of some microseconds is asked little.
+    """
+    if _is_compiling() or type(input) not in _TYPES or type(weight) not in _TYPES:
+        return None
+    small = _SMALL.get(input.dtype)
+    if small is None or input.is_nested:
+        return None
+    elements = input.numel()
+    if type(elements) is not int:  # while torch.jit traces
+        return None
+    if elements * weight.numel() < small and products.forced is None:
+        return None
+    shape = weight.shape
+    if len(shape) != 2 or input.dim() == 0 or input.shape[-1] != shape[1] or 0 in shape:
+        return None
+    dtype, autocast = input.dtype, torch.is_autocast_enabled("cpu")
+    if autocast:
+        dtype = torch.get_autocast_dtype("cpu")
+    differentiated = torch.is_grad_enabled()
+    tokens, threads = (elements // shape[1]).bit_length(), torch.get_num_threads()
+    kind = tokens, *shape, input.dtype, weight.dtype, dtype, weight.is_contiguous(), threads
+    key = kind, differentiated and input.requires_grad, differentiated and weight.requires_grad
+    ways = _known.get(key)
+    if ways == _ALL_TORCH or not _is_ours(input, weight, bias, dtype, autocast):
+        return None
+    if ways is None:
+        ways = _known[key] = (
+            products.way(products.FORWARD, kind),
+            products.way(products.INPUT, kind) if key[1] else "torch",
+            products.way(products.WEIGHT, kind) if key[2] else "torch",
+        )
+    return None if ways == _ALL_TORCH else (dtype, ways)
+
+
+def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool) -> bool:
+    """Whether these are plain tensors of fitting dtypes and shapes, and nothing asks for F.linear itself or
+    for torch's own choice of the products."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if bias is not None and (type(bias) not in _TYPES or bias.shape != weight.shape[:1]):
+        return False
+    dtypes = products.DTYPES if autocast else (dtype,)
+    for x in tensors:
+        if not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes:
+            return False
+    return not (
+        input.numel() == 0
+        or dtype not in products.DTYPES
+        or not (weight.is_contiguous() or weight.t().is_contiguous())
+        or ops._forced == "eager"
+        or torch.are_deterministic_algorithms_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or not torch._C._get_mkldnn_enabled()
+        or torch._C._get_fp32_precision_getter("mkldnn", "matmul") not in ("none", "ieee")
+        or ops.under_transform(*tensors)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, dtype, forward, input_gradient, weight_gradient):
+        needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        ctx.shape, ctx.by_rows, ctx.dtype = input.shape, weight.is_contiguous(), dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (input, weight, bias)]
+        ctx.ways = input_gradient, weight_gradient
+        return _product(forward, input, weight, bias, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = dweight = dbias = None
+        if dy is None:
+            return (None,) * 7
+        input, weight = ctx.saved_tensors
+        ways = ctx.ways
+        if torch.is_grad_enabled() or batched(dy) or torch._C._len_torch_dispatch_stack() > 0:
+            ways = "torch", "torch"  # which autograd and everything else knows
+        # Gradients through float32 are not rounded to the product's dtype where the tensors have more.
+        dtypes = [
+            dtype if way == "float32" else ctx.dtype for way, dtype in zip(ways, ctx.dtypes[:2], strict=True)
+        ]
+        with products.without_autocast():
+            dy = dy.reshape(-1, dy.shape[-1])
+            if weight is not None:
+                dx = products.input_gradient(ways[0], dy, weight, dtypes[0]).view(ctx.shape)
+            if input is not None:
+                x = input.reshape(-1, input.shape[-1])
+                dweight = products.weight_gradient(ways[1], dy, x, dtypes[1], ctx.by_rows)
+            if ctx.needs_input_grad[2]:
+                dbias = dy.sum(0, dtype=ctx.dtypes[2])
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _product(
+    way: str, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **activation
+) -> Tensor:
+    if way == "torch":
+        return original(input, weight, bias)
+    with products.without_autocast():
+        y = products.PRODUCTS[way](input.reshape(-1, input.shape[-1]), weight.t(), bias, dtype, **activation)
+        return y.view(*input.shape[:-1], -1)
+
+
+class _Activation(NamedTuple):
+    function: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+    onednn: tuple[str, str]  # name and algorithm
+
+
+_gelu, _gelu_ = torch._C._nn.gelu, torch._C._nn.gelu_
+ACTIVATIONS = {
+    "relu": _Activation(torch.relu, torch.relu_, ("relu", "")),
+    "gelu": _Activation(_gelu, _gelu_, ("gelu", "none")),
+    "gelu_tanh": _Activation(
+        functools.partial(_gelu, approximate="tanh"), functools.partial(_gelu_, approximate="tanh"), ("gelu", "tanh")
+    ),
+    "silu": _Activation(torch._C._nn.silu, torch._C._nn.silu_, ("swish", "")),
+    "sigmoid": _Activation(torch.sigmoid, torch.sigmoid_, ("sigmoid", "")),
+    "tanh": _Activation(torch.tanh, torch.tanh_, ("tanh", "")),
+}  # fmt: skip
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """The layer with autograd; activation is a key of ACTIVATIONS or None."""
+    found = _ways(input, weight, bias)
+    if found is None:
+        y = original(input, weight, bias)
+        return y if activation is None else ACTIVATIONS[activation].function(y)
+    dtype, ways = found
+    act = None if activation is None else ACTIVATIONS[activation]
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = _Linear.apply(input, weight, bias, dtype, *ways)
+        return y if act is None else act.function(y)
+    if act is not None and ways[0] == "onednn":
+        return _product("onednn", input, weight, bias, dtype, activation=act.onednn)
+    y = _product(ways[0], input, weight, bias, dtype)
+    return y if act is None else act.in_place(y)

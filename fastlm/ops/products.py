@@ -1,0 +1,241 @@
+"""Matrix products of the libraries that torch brings along, and which of them is fastest on this CPU.
+
+    torch    what torch.mm takes: MKL or another BLAS, oneDNN for 16 bits where the CPU multiplies these
+    onednn   oneDNN's inner product. MKL has AVX-512 code for Intel's processors only.
+    float32  operands of 16 bits are converted, multiplied as float32 by torch, and the result is rounded
+             once; float32 operands under autocast are taken as they are. Where the CPU has no products of
+             16 bits, torch's take up to 80 times as long (Zen 3, see benchmarks/NOTES.md).
+
+The three products of a linear layer are timed at their first use for a class of shapes. FASTLM_LINEAR names
+one of the three for all calls instead.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm import tuned
+
+FORWARD, INPUT, WEIGHT = "forward", "input gradient", "weight gradient"
+WAYS = ("torch", "onednn", "float32")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+without_autocast = torch._C._DisableAutocast
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+forced = os.environ.get("FASTLM_LINEAR") or None
+if forced not in (None, *WAYS):
+    raise ValueError(f"FASTLM_LINEAR is {forced!r}, expected one of {', '.join(WAYS)}")
+
+
+# ---- products ------------------------------------------------------------------------------
+
+
+# (a (m, k), b (k, n), bias (n) or None, dtype) -> (m, n); the result has the dtype, and the operands are
+# rounded to it first, but for the last product.
+
+
+def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias.to(dtype), a, b)
+
+
+def _by_onednn(
+    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: tuple[str, str] = ("none", "")
+) -> Tensor:
+    b = b.to(dtype)
+    if not b.is_contiguous() and not b.t().is_contiguous():
+        b = b.contiguous()
+    return _onednn(
+        a.to(dtype), b.t(), None if bias is None else bias.to(dtype), activation[0], [], activation[1]
+    )
+
+
+_BLOCK = 1 << 24  # elements of a matrix that are float32 at once: 64 MiB
+
+
+def _by_float32(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    (m, k), n = a.shape, b.size(1)
+    largest, longest = max(m * k, k * n, m * n), max(m, k, n)
+    if largest <= _BLOCK:
+        return _by_torch(a, b, bias, torch.float32).to(dtype)
+    step = max(1, longest * _BLOCK // largest)
+    parts = [slice(i, i + step) for i in range(0, longest, step)]
+    if longest == k:
+        total = a.new_zeros(m, n, dtype=torch.float32) if bias is None else bias.float().repeat(m, 1)
+        for part in parts:
+            total.addmm_(a[:, part].float(), b[part].float())
+        return total.to(dtype)
+    out = a.new_empty(m, n, dtype=dtype)
+    if longest == m:
+        b = b.float()
+        for part in parts:
+            out[part] = _by_torch(a[part], b, bias, torch.float32)
+    else:
+        a = a.float()
+        for part in parts:
+            out[:, part] = _by_torch(a, b[:, part], None if bias is None else bias[part], torch.float32)
+    return out
+
+
+PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "torch": _by_torch,
+    "onednn": _by_onednn,
+    "float32": _by_float32,
+}
+
+
+def input_gradient(way: str, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return PRODUCTS[way](dy, weight, None, dtype)
+
+
+def weight_gradient(way: str, dy: Tensor, x: Tensor, dtype: torch.dtype, by_rows: bool) -> Tensor:
+    """In the layout of the weight: a gradient of another layout is copied when it is accumulated."""
+    if by_rows:
+        return PRODUCTS[way](dy.t(), x, None, dtype)
+    return PRODUCTS[way](x.t(), dy, None, dtype).t()
+
+
+# ---- choice --------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """Layers between which the choice doesn't differ."""
+
+    tokens: int  # bits of their number
+    inputs: int
+    outputs: int
+    input: torch.dtype
+    weight: torch.dtype
+    product: torch.dtype
+    by_rows: bool  # of the weight, or by columns: the layout in memory
+    threads: int
+
+
+_chosen: dict[tuple[str, Kind], str] = {}
+_lock = threading.Lock()  # two that time at once would disturb each other
+
+
+def way(product: str, kind: tuple) -> str:
+    """Which one of WAYS to take for FORWARD, INPUT or WEIGHT of a Kind."""
+    kind = Kind(*kind)
+    if forced is not None:
+        return _forced_way(kind.product)
+    chosen = _chosen.get((product, kind))
+    if chosen is None:
+        with _lock:
+            chosen = _chosen[product, kind] = _choose(product, kind)
+    return chosen
+
+
+def _forced_way(dtype: torch.dtype) -> str:
+    if forced in _candidates(dtype):
+        return forced
+    if forced == "float32" and dtype is torch.float32:  # as torch's is
+        return "torch"
+    raise RuntimeError(f"fastlm.linear: FASTLM_LINEAR is {forced}, which multiplies no {dtype} on this CPU")
+
+
+def _choose(product: str, kind: Kind) -> str:
+    candidates = _candidates(kind.product)
+    if len(candidates) == 1 or not tuned.wanted():
+        return "torch"
+    shape = _sample_shape(1 << kind.tokens, kind.inputs, kind.outputs)
+    what = (product, "x".join(map(str, shape)), *kind[3:6], "rows" if kind.by_rows else "columns")
+    record = tuned.Record(
+        f"linear-{_cpu()}-{torch.__version__}", " ".join(map(str, (*what, f"{kind.threads} threads")))
+    )
+    chosen = record.read()
+    if chosen not in candidates:
+        chosen = _fastest(_samples(product, kind, shape, candidates))
+        record.write(chosen)
+    return chosen
+
+
+@functools.cache
+def _candidates(dtype: torch.dtype) -> tuple[str, ...]:
+    has_onednn = _onednn is not None and torch.backends.mkldnn.is_available()
+    if dtype is torch.float32:
+        return ("torch", "onednn") if has_onednn else ("torch",)
+    if has_onednn and dtype is torch.bfloat16:
+        has_onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif has_onednn:
+        has_onednn = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return WAYS if has_onednn else ("torch", "float32")
+
+
+@functools.cache
+def _cpu() -> str:
+    """Which processor it is, and how wide the vectors are that torch uses there."""
+    names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    parts = [found[name] for name in names if name in found] or [platform.processor() or platform.machine()]
+    return "-".join((*parts, torch.backends.cpu.get_cpu_capability()))
+
+
+def _sample_shape(*sizes: int) -> list[int]:
+    """Three quarters of the next powers of two, which as strides would be unfair to caches; halved until the
+    product takes some tens of milliseconds, as the ways differ in their rates, which no longer change."""
+    powers = [1 << (size - 1).bit_length() for size in sizes]
+    while math.prod(powers) > 1 << 30 or max(a * b for a, b in itertools.combinations(powers, 2)) > 1 << 24:
+        powers[powers.index(max(powers))] //= 2
+    return [max(1, power * 3 // 4) for power in powers]
+
+
+def _samples(product: str, kind: Kind, shape: list[int], ways: tuple[str, ...]) -> dict[str, Callable]:
+    """For each way a call of the product."""
+    M, K, N = shape
+    x, dy = (
+        torch.ones(M, K, dtype=kind.input, device="cpu"),
+        torch.ones(M, N, dtype=kind.product, device="cpu"),
+    )
+    weight = torch.ones((N, K) if kind.by_rows else (K, N), dtype=kind.weight, device="cpu")
+    weight = weight if kind.by_rows else weight.t()
+
+    def call(way):
+        if product == FORWARD:
+            PRODUCTS[way](x, weight.t(), None, kind.product)
+        elif product == INPUT:
+            input_gradient(way, dy, weight, kind.product)
+        else:
+            weight_gradient(way, dy, x, kind.product, kind.by_rows)
+
+    return {way: functools.partial(call, way) for way in ways}
+
+
+def _fastest(calls: dict[str, Callable]) -> str:
+    """torch's way, unless another takes less than nine tenths of its time: what wins by less is chance."""
+    times = dict.fromkeys(calls, math.inf)
+    with torch.no_grad(), without_autocast():
+        for way, call in calls.items():
+            with contextlib.suppress(RuntimeError):  # oneDNN's, where it has no such product after all
+                times[way] = _seconds(call)
+        # What took long is not asked again; what took little may have compiled something.
+        rivals = [way for way in calls if times[way] < max(4 * min(times.values()), 0.05)]
+        times = dict.fromkeys(rivals, math.inf)
+        for _ in range(5):
+            for way in rivals:
+                times[way] = min(times[way], _seconds(calls[way]))
+    best = min(times, key=times.get)
+    return best if times[best] < 0.9 * times.get("torch", math.inf) else "torch"
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
