@@ -29,7 +29,7 @@ from fastlm.targets import HEAD, TARGETS, Row, Unavailable, demangled, line, occ
 ALL = tuple(name for name, target in TARGETS.items() if target.kind == "cuda")
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 
-# What a kernel must be made of: MATRIX has tensor-core instructions where it multiplies 16-bit types, MEMORY
+# What a kernel must be made of: MATRIX has tensor-core instructions where it multiplies 16-bit types or tf32, MEMORY
 # 16-byte loads. OTHERS are small beside these, or read what lies scattered.
 MATRIX = {
     "attention_forward", "attention_backward_keys", "attention_backward_rows", "attention_mask_backward",
@@ -51,7 +51,7 @@ def compile(targets: tuple[str, ...], every: bool) -> list[Path]:
     archs = [target.removeprefix("sm_") for target in targets]
     sources = [path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     if not every:
-        sources = [name for name in sources if not name.endswith(("_float16", "_float32"))]
+        sources = [name for name in sources if not name.endswith(("_float16", "_float32", "_tf32"))]
     folder = ROOT / "build" / "cuda" / "-".join(archs if every else ["some", *archs])
     environment = os.environ | {"FASTLM_CUDA_ARCHS": ";".join(archs), "FASTLM_BUILD": str(folder)}
     if not every:
@@ -123,12 +123,17 @@ def launches(targets: tuple[str, ...]) -> dict[str, dict[str, tuple[int, int]]]:
     calls = list(_calls())
     torch.use_deterministic_algorithms(True, warn_only=True)  # results are then NaN, not what memory held
     with fastlm.use_backend("cuda-host"):
-        for name in targets:
-            with simt.listing(MULTIPROCESSORS[name], TARGETS[name].shared_memory) as listed:
+        for name, tf32 in ((name, tf32) for name in targets for tf32 in (False, True)):
+            target = TARGETS[name]
+            if tf32 and target.arch < 80:
+                continue
+            dtypes = (torch.float32,) if tf32 else (torch.float32, torch.bfloat16, torch.float16)
+            with simt.listing(MULTIPROCESSORS[name], target.shared_memory, tf32) as listed:
                 for function, arguments in calls:
-                    run(function, arguments, 0)
+                    if arguments[0][0].dtype in dtypes or not tf32:
+                        run(function, arguments, 0)
                 for size in SIZES:
-                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    for dtype in dtypes:
                         out = size(dtype)
                         if out.requires_grad:
                             out.sum().backward()
@@ -162,7 +167,7 @@ def table(targets: tuple[str, ...], every: bool = True) -> Iterator[Row]:
             threads, shared = listed[code.target].get(code.name, (0, 0))
             share = occupancy(target, code.registers, -(-threads // 32), shared) if threads else 0
             # Turing's tensor cores lack bf16.
-            matrix = name in MATRIX and bool(re.search(r"\bf16" if target.arch < 80 else "f16", config))
+            matrix = name in MATRIX and bool(re.search(r"\bf16" if target.arch < 80 else "f16|tf32", config))
             yield Row(
                 path.stem.removeprefix("cuda_"), code.target, name, config, code.registers, code.spills, shared,
                 share, code.tensor, code.wide, bool(threads) and matrix, bool(threads) and name in MEMORY,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from cases import Case, Draw, Operator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import fastlm
@@ -202,6 +203,39 @@ def check_layout(operator: Operator, id: str, layout: str, device: torch.device 
     expected, expected_gradients, _ = run(operator.function, plain, 0, cotangents)
     torch.testing.assert_close(outputs, expected)
     torch.testing.assert_close(gradients, expected_gradients)
+
+
+class Tf32Products(TorchDispatchMode):
+    """Rounds the factors of every product to tf32."""
+
+    PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in self.PRODUCTS:
+            args = *args[:-2], *(((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(x.dtype) for x in args[-2:])
+        return function(*args, **(kwargs or {}))
+
+
+def check_tf32(operator: Operator, case: Case, device: torch.device | str = "cpu") -> None:
+    """Where the caller has float32 multiplied in tf32: the error is at most twice that of the reference with
+    such products, or as the fraction allows, which is float16's; and more than float32's would be."""
+    arguments = on_device(operator, case.build(torch.float32, 0), device)
+    outputs, gradients, cotangents = run(operator.function, arguments, 0)
+    exact, exact_gradients, _ = run(operator.reference, to_double(arguments), 0, cotangents)
+    with Tf32Products():
+        eager, eager_gradients, _ = run(operator.reference, arguments, 0, cotangents)
+    scale = max((largest(t) for t in exact_gradients), default=0.0)
+    results = [(x, e, t, largest(t)) for x, e, t in zip(outputs, eager, exact, strict=True)]
+    results += [(*x, scale) for x in zip(gradients, eager_gradients, exact_gradients, strict=True)]
+    errors = []
+    for i, (x, e, t, scale) in enumerate(results):
+        mine, theirs = error(x, t, f"result {i}"), error(e, t, f"result {i} of the reference")
+        bound = limit(torch.float16, theirs, scale, generated=True)
+        assert mine <= bound, (
+            f"result {i}: error {mine:.3g} > {bound:.3g} (reference {theirs:.3g}, scale {scale:.3g})"
+        )
+        errors.append(mine / scale)
+    assert max(errors) > TOLERANCE[torch.float32], "not multiplied in tf32"
 
 
 def check_bits(operator: Operator, id: str, dtype: torch.dtype, device: torch.device | str) -> None:

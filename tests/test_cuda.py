@@ -4,7 +4,7 @@ tests/simt runs their source on the CPU."""
 import pytest
 import torch
 from cases import OPERATORS
-from harness import compare, on_device, run
+from harness import case_of, check_tf32, compare, on_device, run
 from test_operators import ALL, bits, name_of, names, only_in
 
 import fastlm
@@ -52,6 +52,20 @@ def test_same_bits_again(operator):
 
 def size(case, dtype):
     return sum(x.numel() for x in case.build(dtype, 0)[0] if isinstance(x, torch.Tensor))
+
+
+@on_gpu
+@pytest.mark.parametrize("name, id", (("scaled_dot_product_attention", "causal"), ("gru", "plain")))
+def test_tf32_follows_torch(name, id):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("a GPU without tf32")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with fastlm.use_backend("cuda"):
+            check_tf32(OPERATORS[name], case_of(OPERATORS[name], id), "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @on_gpu

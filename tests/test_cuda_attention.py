@@ -4,7 +4,7 @@ keys. On the CPU, in a model of a GPU (tests/simt)."""
 import pytest
 import torch
 from cases import OPERATORS, attention, packed
-from harness import compare
+from harness import check_tf32, compare
 from test_operators import name_of
 
 import fastlm
@@ -22,7 +22,7 @@ FORWARD = (
     attention("keys-32", 1, (5, 1), (1, 600), 32, sinks=True, grad=False, return_lse=True),
     attention("keys-64", 1, (33, 1), (1, 200), 64, grad=False),
     attention("keys-128", 1, (3, 1), (1, 300), 128, softcap=3.0, grad=False),
-    attention("keys-256", 1, 1, (3, 300), 256, is_causal=True, window_size=(100, -1), grad=False),
+    attention("keys-256", 1, 1, (3, 300), 256, window_size=(100, -1), grad=False),
 )
 
 
@@ -84,3 +84,17 @@ def test_backward(case, device, cuda_host):
     with simt.gpu(*DEVICES[device]):
         for dtype in (torch.float32, (torch.bfloat16, torch.float16)[turn % 2]):
             compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
+
+
+# ---- tf32 ----
+
+
+@pytest.mark.parametrize("case", (*FORWARD, *BACKWARD), ids=lambda case: case.id)
+def test_tf32(case, cuda_host):
+    with simt.gpu(tf32=True):
+        check_tf32(OPERATORS["scaled_dot_product_attention"], case)
+
+
+def test_packed_tf32(cuda_host):
+    with simt.gpu(tf32=True):
+        check_tf32(OPERATORS["varlen_attn"], packed("tf32", (7, 1, 30), (7, 130, 0), (4, 2), 40, lse=True))

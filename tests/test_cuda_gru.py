@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import OPERATORS, gru_case
-from harness import compare
+from harness import check_tf32, compare
 
 import fastlm
 from tests import simt
@@ -52,6 +52,12 @@ def test_every_plan_matches_reference(number, plan):
         compare(GRU, CASES[number], dtype)
 
 
+@pytest.mark.parametrize("id", ("T3-B9-H17-both-directions", "T2-B17-H64", "packed-layer-norm", "zoneout"))
+def test_tf32(id, plan):
+    with simt.gpu(tf32=True):
+        check_tf32(GRU, next(case for case in CASES if case.id == id))
+
+
 def gradients(module, x, grad_output):
     output, hn = module(x)
     return output, hn, *torch.autograd.grad((output * grad_output).sum(), [x, *module.parameters()])
@@ -95,11 +101,15 @@ def test_no_steps(cuda_host):
     assert all(torch.equal(g, torch.zeros_like(w)) for g, w in zip(dw, weights, strict=True))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_no_bank_conflicts_and_full_sectors(plan, dtype):
+@pytest.mark.parametrize(
+    "dtype, tf32",
+    ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)),
+    ids=("float32", "bfloat16", "tf32"),
+)
+def test_no_bank_conflicts_and_full_sectors(plan, dtype, tf32):
     module = fastlm.nn.GRU(16, 64, dtype=dtype)
     x = torch.randn(3, 18, 16, dtype=dtype, requires_grad=True)
-    with simt.counting() as counts:
+    with simt.gpu(tf32=tf32), simt.counting() as counts:
         gradients(module, x, torch.ones(3, 18, 64, dtype=dtype))
     walks = {c.kernel.split("<")[0] for c in counts}
     assert any("gru_forward" in name for name in walks) and any("gru_backward" in name for name in walks)

@@ -60,8 +60,8 @@ def test_packed_bias_free_rows_and_pages(cuda_host):
 
 
 def attention_call(dtype):
-    q, k, v = (torch.randn(1, 1, 130, 64, dtype=dtype, requires_grad=True) for _ in range(3))
-    return sdpa(q, k, v, is_causal=True)
+    q, k, v = (torch.randn(1, 1, T, 64, dtype=dtype, requires_grad=True) for T in (130, 300, 300))
+    return sdpa(q, k, v, window_size=(-1, 0))
 
 
 def cross_entropy_call(dtype):
@@ -78,12 +78,22 @@ def gru_call(dtype):
     return fastlm.nn.GRU(64, 64, dtype=dtype)(torch.randn(2, 16, 64, dtype=dtype))[0]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
-@pytest.mark.parametrize("call", (attention_call, cross_entropy_call, linear_cross_entropy_call, gru_call))
-def test_no_bank_conflicts_and_full_sectors(call, dtype, cuda_host):
+CALLS = attention_call, cross_entropy_call, linear_cross_entropy_call, gru_call
+COUNTED = [
+    *((call, dtype, False) for dtype in (torch.float32, torch.bfloat16) for call in CALLS),
+    *((call, torch.float32, True) for call in (attention_call, gru_call)),
+]
+
+
+@pytest.mark.parametrize(
+    "call, dtype, tf32",
+    COUNTED,
+    ids=[f"{call.__name__}-{'tf32' if tf32 else name_of(dtype)}" for call, dtype, tf32 in COUNTED],
+)
+def test_no_bank_conflicts_and_full_sectors(call, dtype, tf32, cuda_host):
     """In main loops, which are the lines that make more than a twentieth of a kernel's accesses; where rows
     are of full sectors."""
-    with tests.simt.counting() as counts:
+    with tests.simt.gpu(tf32=tf32), tests.simt.counting() as counts:
         call(dtype).sum().backward()
     totals = collections.Counter()
     for count in counts:

@@ -12,8 +12,8 @@ from fastlm import reference
 from tests.simt.build import KINDS, build
 
 GOOD = (
-    "block_sums", "turn_in_warp", "transpose", "pipeline", "ldmatrix", "mma_bf16", "mma_f16", "products_bf16",
-    "products_f16", "products_float", "conversions", "shuffles", "partial_warp", "grid_barrier", "last_block",
+    "block_sums", "turn_in_warp", "transpose", "pipeline", "ldmatrix", "mma_bf16", "mma_f16", "mma_tf32", "products_bf16",
+    "products_f16", "products_tf32", "products_float", "conversions", "shuffles", "partial_warp", "grid_barrier", "last_block",
     "atomics",
 )  # fmt: skip
 
@@ -37,6 +37,7 @@ BAD = {
     "mask_with_returned": "names a lane that has returned|1 returned from the kernel, .* waiting at a vote",
     "mask_differs": "does not name the calling lane|lanes diverge|do not come",
     "ops_differ": "lanes diverge: .*(shuffle|vote)",
+    "factor_not_rounded": r"a factor is not rounded to tf32 \(kernels.cpp",
     "part_of_mma": "names a lane that has returned|waiting at mma",
     "part_of_block_in_grid_barrier": "32 waiting at grid_barrier",
     "wrong_round": "counter is 0 where round 1",

@@ -63,7 +63,8 @@ void set_params(AttentionCall& c, BackwardCall& call, const Gradients& g, const 
 }
 
 void run(ScalarType dtype, BackwardCall& call) {
-  if (dtype == ScalarType::Float) run_backward<float>(call);
+  if (kAllKernels && dtype == ScalarType::Float && call.device.uses_tf32()) run_backward<tf32>(call);
+  else if (dtype == ScalarType::Float) run_backward<float>(call);
   else if (dtype == ScalarType::BFloat16) run_backward<bf16>(call);
   else if (kAllKernels) run_backward<f16>(call);
   else STD_TORCH_CHECK(false, "fastlm::", call.op, ": this build has no float16");

@@ -73,8 +73,8 @@ template <class T, int D, bool OPTIONS, bool SMALL> void run_keys(BackwardCall& 
     run_keys<S, true, true>(call);
   }
   if (p.parts > 1) {
-    sum_parts<T>(call, p.dk_parts, p.dk, p.dk_size, p.parts);
-    sum_parts<T>(call, p.dv_parts, p.dv, p.dv_size, p.parts);
+    sum_parts<stored_t<T>>(call, p.dk_parts, p.dk, p.dk_size, p.parts);
+    sum_parts<stored_t<T>>(call, p.dv_parts, p.dv, p.dv_size, p.parts);
   }
 }
 
@@ -103,10 +103,10 @@ template <class T> void run_mask(BackwardCall& call) {
 template <class T, int D, bool OPTIONS, bool SMALL> void run_all(BackwardCall& call) {
   AttentionBackwardParams& p = call.p;
   p.blocks = int(blocks_of(int64_t(p.a.Tq) * p.a.group, kStatsRows));
-  call.device.launch(&attention_row_stats<T>, call.grid(call.heads() * p.blocks), kStatsThreads, 0, p);
+  call.device.launch(&attention_row_stats<stored_t<T>>, call.grid(call.heads() * p.blocks), kStatsThreads, 0, p);
   if constexpr (OPTIONS) {
-    if (sizeof(T) == 2 && (call.needs_mask || call.needs_slopes)) {
-      p.sums = kDeltaSums;  // their float32 would show that out was rounded
+    if (kTensorCores<T> && (call.needs_mask || call.needs_slopes)) {
+      p.sums = kDeltaSums;  // their float32 would show how products were rounded
       run_rows<T, D, true, SMALL>(call);
     }
     if (call.needs_slopes) {
@@ -130,9 +130,9 @@ template <class T, int D> void run_size(BackwardCall& call) {
   const bool small = D >= 64 && call.device.shared_bytes < kSmallShared;
   const auto run = [&](auto with_options) {
     if (!small) run_all<T, D, decltype(with_options)::value, false>(call);
-    else if constexpr (kAllKernels) run_all<T, D, decltype(with_options)::value, D >= 64>(call);
+    else if constexpr (kAllKernels && !std::is_same_v<T, tf32>) run_all<T, D, decltype(with_options)::value, D >= 64>(call);
   };
-  if constexpr (sizeof(T) == 2) {  // float32's multiply-adds leave time for options
+  if constexpr (sizeof(T) == 2) {  // float32's products leave time for options
     if (!options) return run(std::false_type{});
   }
   run(std::true_type{});
@@ -144,6 +144,7 @@ template <class T> void run_backward(BackwardCall& call) {
                  [&](auto size) { run_size<T, decltype(size)::value>(call); });
 }
 extern template void run_backward<float>(BackwardCall&);
+extern template void run_backward<tf32>(BackwardCall&);
 extern template void run_backward<bf16>(BackwardCall&);
 extern template void run_backward<f16>(BackwardCall&);
 

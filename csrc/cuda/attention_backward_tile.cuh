@@ -71,19 +71,19 @@ template <int SIZE> struct StreamTiles {
 // ---- shapes --------------------------------------------------------------------------------
 
 // KEYS: keys stay and rows stream, else rows stay. A warp has 16 M of what stays, and 8 N of what streams
-// at a time. Two tiles of 16 share what is read of the other side where registers allow it; OPTIONS, as
+// at a time. Two tiles of 16 share what is read of the other side where registers and shared memory allow it; OPTIONS, as
 // in `logit`, need some. SMALL: for sm_75, from heads of 64 on: a block has 64 KiB of shared memory there,
 // and copies pass through registers.
 template <class T_, int D_, bool KEYS, bool OPTIONS, bool SMALL> struct BackwardShape {
   using T = T_;
   static constexpr int D = D_;
   static constexpr bool kKeys = KEYS, kOptions = OPTIONS, kHalf = sizeof(T) == 2;
-  static constexpr int M = kHalf && D <= (KEYS ? 64 : 128) ? 2 : 1;
+  static constexpr int M = kTensorCores<T> && D <= (KEYS || !kHalf ? 64 : 128) ? 2 : 1;
   static constexpr int N = (kHalf || D <= 64 ? 4 : 2) / ((M == 2 && OPTIONS) || (SMALL && (kHalf || D == 256)) ? 2 : 1);
   static constexpr int kWarps = (kHalf || D < 256 ? 4 : 2) / (SMALL && D >= 128 ? 2 : 1);
   static constexpr int kStay = 16 * M * kWarps, kStream = 8 * N, kThreads = 32 * kWarps;
 #ifdef __CUDA_ARCH__
-  static constexpr bool kHere = D < 64 || SMALL == (__CUDA_ARCH__ < 800);  // else nobody launches it
+  static constexpr bool kHere = kServed<T> && (D < 64 || SMALL == (__CUDA_ARCH__ < 800));  // else nobody launches it
 #else
   static constexpr bool kHere = true;
 #endif

@@ -133,7 +133,7 @@ FASTLM_DEVICE void store_mask_gradient(const AttentionBackwardParams& p, const f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaskThreads, 2) attention_mask_backward(const __grid_constant__ AttentionBackwardParams p) {
+FASTLM_DEVICE void backward_mask(const AttentionBackwardParams& p) {
   const AttentionParams& a = p.a;
   const Sequence s = sequence_of(a, 0);
   const bool sum_rows = p.mask_Tq < a.Tq, sum_keys = p.mask_Tk < a.Tk;
@@ -159,6 +159,11 @@ __global__ void __launch_bounds__(kMaskThreads, 2) attention_mask_backward(const
   const int64_t mask_size = int64_t(p.mask_B) * p.mask_H * p.mask_Tq * p.mask_Tk;
   float* const to = p.dmask + part * mask_size + (int64_t(mask_b) * p.mask_H + mask_h) * p.mask_Tq * p.mask_Tk;
   store_mask_gradient(p, total, sum_rows, sum_keys, mask_i * kMaskRows, mask_j * kMaskKeys, to);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaskThreads, 2) attention_mask_backward(const __grid_constant__ AttentionBackwardParams p) {
+  if constexpr (kServed<T>) backward_mask<T>(p);
 }
 
 // ---- slopes and sinks ----------------------------------------------------------------------

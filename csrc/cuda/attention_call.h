@@ -257,8 +257,11 @@ inline AttentionCall packed_call(const char* op, const Tensor& q, const Tensor& 
 // ---- instances -----------------------------------------------------------------------------
 
 // Calls f(T{}, std::integral_constant<int, S>{}) for the call's dtype and head size.
-template <class F> void with_instance(const AttentionCall& c, const F& f) {
+template <class F> void with_instance(const AttentionCall& c, const Device& device, const F& f) {
   with_head_size(std::max(c.p.D, c.p.Dv), c.op, [&](auto size) {
+    if constexpr (kAllKernels) {
+      if (c.dtype == ScalarType::Float && device.uses_tf32()) return f(tf32{}, size);
+    }
     if (c.dtype == ScalarType::Float) f(float{}, size);
     else if (c.dtype == ScalarType::BFloat16) f(bf16{}, size);
     else if constexpr (kAllKernels) f(f16{}, size);

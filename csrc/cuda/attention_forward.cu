@@ -52,7 +52,7 @@ template <class T, int kD, bool OPTIONS> void launch(const AttentionCall& c, For
   device.launch(&attention_forward<T, kD, OPTIONS>, grid(heads * p.splits * p.blocks),
                 32 * ForwardShape<T, kD, OPTIONS>::kWarps, shared, p);
   if (p.splits > 1)
-    device.launch(&attention_combine<T>, grid(heads * p.rows_most), 32 * kCombineWarps, kCombineBytes, p);
+    device.launch(&attention_combine<stored_t<T>>, grid(heads * p.rows_most), 32 * kCombineWarps, kCombineBytes, p);
 }
 
 // Fills out, of whole rows, and lse.
@@ -72,7 +72,7 @@ void run_forward(AttentionCall& c, const Tensor& q, const Tensor& out, const Ten
     p.part_lse = static_cast<float*>(c.hold_mutable(new_like(q, {rows}, ScalarType::Float)));
   }
   const bool options = c.p.mask_kind != kNoMask || c.p.slopes || c.p.softcap > 0 || c.p.dropout || !(c.p.scale > 0);
-  with_instance(c, [&](auto t, auto size) {
+  with_instance(c, device, [&](auto t, auto size) {
     using T = decltype(t);
     constexpr int kD = decltype(size)::value;
     if constexpr (sizeof(T) == 2)

@@ -227,9 +227,7 @@ FASTLM_DEVICE void store_rows(const AttentionParams& p, const Sequence& s, Tile<
 // ---- kernels -------------------------------------------------------------------------------
 
 // OPTIONS: mask, slopes, softcap, dropout, or a scale that is not positive; looked at as they are given.
-template <class T, int kD, bool OPTIONS>
-__global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps, 2)
-    attention_forward(const __grid_constant__ ForwardParams p) {
+template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const ForwardParams& p) {
   using Shape = ForwardShape<T, kD, OPTIONS>;
   constexpr int kThreads = 32 * Shape::kWarps, kM = Shape::kTiles, kN = kD / 8, kRows = 16 * kM;
   constexpr int kPiece = Shape::kPiece;
@@ -363,6 +361,12 @@ __global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps, 2)
     a.lse[b * a.lse_b + (hkv * a.group + at % a.group) * a.lse_h + s.q0 + at / a.group] = lse * kLn2;
   __syncwarp();
   store_rows<kRows>(a, s, q, warp_row, b, hkv, r);
+}
+
+template <class T, int kD, bool OPTIONS>
+__global__ void __launch_bounds__(32 * ForwardShape<T, kD, OPTIONS>::kWarps, 2)
+    attention_forward(const __grid_constant__ ForwardParams p) {
+  if constexpr (kServed<T>) forward_rows<T, kD, OPTIONS>(p);
 }
 
 }  // namespace fastlm::cuda

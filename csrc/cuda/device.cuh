@@ -23,6 +23,7 @@ namespace fastlm::cuda {
 
 struct alignas(2) bf16 { uint16_t bits; };
 struct alignas(2) f16 { uint16_t bits; };
+struct alignas(4) tf32 { float value; };  // a float32, of which products take what round_tf32 leaves
 
 // ---- conversions ---------------------------------------------------------------------------
 
@@ -73,6 +74,13 @@ FASTLM_DEVICE uint32_t pack(float low, float high, bf16) {
 #endif
 }
 
+// To 10 bits of the fraction, ties away from 0. From sm_80 on.
+FASTLM_DEVICE float round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
 FASTLM_DEVICE float exp2_fast(float x) {  // 2 ulp; 0 for -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -90,7 +98,8 @@ FASTLM_DEVICE float reciprocal_fast(float x) {  // 1 ulp
 FASTLM_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Four matrices of 8 x 8 16-bit elements: lane 8 i + j gives the address of row j of matrix i, 16 bytes.
-// Lane l receives in r[i] the elements (l / 4, 2 (l % 4)) and the next of matrix i.
+// Lane l receives in r[i] the elements (l / 4, 2 (l % 4)) and the next of matrix i; of 8 x 4 32-bit elements
+// the one at (l / 4, l % 4).
 FASTLM_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -159,6 +168,16 @@ FASTLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
+}
+
+// The same with a 16 x 8 and b 8 x 8, both rounded; from sm_80 on:
+//   a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4), a[3] (g + 8, t + 4)
+//   b0 (t, g), b1 (t + 4, g)
+FASTLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, tf32) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- memory --------------------------------------------------------------------------------
@@ -232,14 +251,40 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
 FASTLM_DEVICE float widen(float x) { return x; }
+FASTLM_DEVICE float widen(tf32 x) { return x.value; }
 FASTLM_DEVICE double widen(double x) { return x; }
 FASTLM_DEVICE void narrow_to(float& y, float x) { y = x; }
+FASTLM_DEVICE void narrow_to(tf32& y, float x) { y.value = x; }
 FASTLM_DEVICE void narrow_to(double& y, double x) { y = x; }
 template <class T, class F> FASTLM_DEVICE T narrow(F x) {
   T y;
   narrow_to(y, x);
   return y;
 }
+
+// Whether tensor cores make products of T.
+template <class T> inline constexpr bool kTensorCores = true;
+template <> inline constexpr bool kTensorCores<float> = false;
+
+// Whether this GPU has kernels of T; their bodies are left out where nobody launches them.
+template <class T> inline constexpr bool kServed = true;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <> inline constexpr bool kServed<tf32> = false;
+#endif
+
+// x as products of T take it, and the words of a fragment.
+template <class T> FASTLM_DEVICE T operand(T x) { return x; }
+FASTLM_DEVICE tf32 operand(tf32 x) { return {round_tf32(x.value)}; }
+template <class T, int N> FASTLM_DEVICE void to_operands(uint32_t (&)[N], T) {}
+template <int N> FASTLM_DEVICE void to_operands(uint32_t (&x)[N], tf32) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = __float_as_uint(round_tf32(__uint_as_float(x[i])));
+}
+
+// The type of T's tensors, for kernels that make no products.
+template <class T> struct StoredAs { using type = T; };
+template <> struct StoredAs<tf32> { using type = float; };
+template <class T> using stored_t = typename StoredAs<T>::type;
 
 // The type in which sums over T are made.
 template <class T> struct ComputeOf { using type = float; };

@@ -49,10 +49,9 @@ template <class S> void input_products(Device& device, const GruCall& call, cons
   }
 }
 
-template <class S> void forward(const GruCall& call, const Tensor& gates) {
+template <class S> void forward(Device& device, const GruCall& call, const Tensor& gates) {
   const GruParams& p = call.p;
   const bool layer_norm = p.weights[0].g_hh, save = p.gates;
-  Device device(call.input, call.op);
   Walk<S, 3, 8> walk(device, call, p.H);
   walk.choose(gru_forward<S>);
   const Tensor sums = save ? gates : call.make({p.D, p.N, 3 * p.H}, ScalarType::Float);
@@ -93,7 +92,7 @@ template <class S> void forward(const GruCall& call, const Tensor& gates) {
     f.gain[d] = static_cast<const S*>(p.weights[d].g_hh);
   }
   device.launch(gru_pack<S>, dim3(unsigned(ceil_div(pack.items(), 256))), 256, 0, pack);
-  input_products<S>(device, call, sums);
+  input_products<stored_t<S>>(device, call, sums);
   walk.launch(gru_forward<S>, gru_forward_step<S>, f, p.T, layer_norm);
 }
 
@@ -219,21 +218,21 @@ void input_gradient(const GruCall& call, const Deltas& deltas, const Tensor& to)
 }
 
 template <class S>
-void backward(const GruCall& call, const GruKept& kept, const GruGradientTensors& grads, bool input_wanted,
-              bool weights_wanted) {
+void backward(Device& device, const GruCall& call, const GruKept& kept, const GruGradientTensors& grads,
+              bool input_wanted, bool weights_wanted) {
   const GruParams& p = call.p;
   const bool layer_norm = p.weights[0].g_hh;
-  Device device(call.input, call.op);
   const Deltas deltas(call, layer_norm, weights_wanted);
   walk_back<S>(device, call, kept, grads.dh0, deltas);
   for (int64_t d = 0; d < p.D; ++d) {
     const Tensor* const to = weights_wanted ? &grads.dw[size_t(d * call.per_direction)] : nullptr;
     if (to) vector_gradients(call, kept, deltas, d, to + 2);
     if (layer_norm) {
-      GruNormParams<S> n = norm_params<S>(p, d);
-      n.dy = static_cast<S*>(deltas.dx.mutable_data_ptr()) + d * 3 * p.H;
+      using Stored = stored_t<S>;
+      GruNormParams<Stored> n = norm_params<Stored>(p, d);
+      n.dy = static_cast<Stored*>(deltas.dx.mutable_data_ptr()) + d * 3 * p.H;
       n.dy_row = p.D * 3 * p.H;
-      device.launch(gru_norm_backward<S>, dim3(unsigned(p.N)), 256, 16 * sizeof(float), n);
+      device.launch(gru_norm_backward<Stored>, dim3(unsigned(p.N)), 256, 16 * sizeof(float), n);
     }
     if (to) matrix_gradients(call, deltas, d, to);
   }
@@ -242,12 +241,14 @@ void backward(const GruCall& call, const GruKept& kept, const GruGradientTensors
 
 // ---- operators -----------------------------------------------------------------------------
 
+// Calls f(device, S{}).
 template <class F> void with_type(const GruCall& call, const F& f) {
+  Device device(call.input, call.op);
   switch (call.scalar) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::BFloat16: return f(bf16{});
+    case ScalarType::Float: return device.uses_tf32() ? f(device, tf32{}) : f(device, float{});
+    case ScalarType::BFloat16: return f(device, bf16{});
     case ScalarType::Half:
-      if constexpr (kAllKernels) return f(f16{});
+      if constexpr (kAllKernels) return f(device, f16{});
       [[fallthrough]];
     default: STD_TORCH_CHECK(false, "fastlm::", call.op, ": input must be float32, bfloat16 or float16");
   }
@@ -259,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_layer(
   GruCall call("gru_layer", input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout);
   GruResults r(call, layer_norm, save);
   if (call.p.N == 0) torch::stable::copy_(r.hn, call.hx);
-  else with_type(call, [&](auto type) { forward<decltype(type)>(call, r.gates); });
+  else with_type(call, [&](Device& device, auto type) { forward<decltype(type)>(device, call, r.gates); });
   return {r.out, r.hn, r.gates, r.normed, r.rstd};
 }
 
@@ -276,8 +277,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> gru_layer_backward(
     else torch::stable::zero_(grads.dh0);
     for (Tensor& dw : grads.dw) torch::stable::zero_(dw);
   } else {
-    with_type(call, [&](auto type) {
-      backward<decltype(type)>(call, kept, grads, input_wanted, weights_wanted);
+    with_type(call, [&](Device& device, auto type) {
+      backward<decltype(type)>(device, call, kept, grads, input_wanted, weights_wanted);
     });
   }
   return {grads.dx, grads.dh0, grads.dw};

@@ -3,7 +3,8 @@
 // A group of blocks walks through time for one direction and one or more tiles of 16 sequences; each of its
 // blocks has a slice of the units, and keeps their recurrent weights in shared memory for the whole walk.
 // Blocks of a group meet once a step (a group of one block: never) and hand one another a row of K values
-// for each sequence, in the storage type: the states (forward), or the gradients of the gates (backward).
+// for each sequence, in the storage type as products take it: the states (forward), or the gradients of the
+// gates (backward).
 // Where the weights don't fit, each step is a launch, and weights come from L2.
 //
 // A tile is 16 sequences by 8 G rows of weights. Sequences are the rows of the mma, units its columns:
@@ -52,7 +53,7 @@ FASTLM_DEVICE void gru_multiply(float (&c)[G][4], const S* up, const S* down, co
     if constexpr (kShared) return load_shared(reinterpret_cast<const V*>(p));
     else return load_global(reinterpret_cast<const V*>(p));
   };
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (kTensorCores<S>) {
     using Words = Pack<uint32_t, 4>;
 #pragma unroll 4
     for (int chunk = first; chunk < last; ++chunk) {
@@ -269,7 +270,7 @@ template <class S> FASTLM_DEVICE void gru_pack_vector(const GruPackParams<S>& p,
   Pack<S, kPerVector<S>> v;
 #pragma unroll
   for (int j = 0; j < kPerVector<S>; ++j)
-    v.x[j] = unit < p.H && k + j < p.K ? w[row * p.row_stride + (k + j) * p.k_stride] : S{};
+    v.x[j] = unit < p.H && k + j < p.K ? operand(w[row * p.row_stride + (k + j) * p.k_stride]) : S{};
   store_global(reinterpret_cast<Pack<S, kPerVector<S>>*>(p.packed + at * kPerVector<S>), v);
 }
 
@@ -287,7 +288,7 @@ template <class S> __global__ void __launch_bounds__(256) gru_pack(const __grid_
   i -= p.biases();
   if (i >= p.states()) return;
   const int64_t unit = i % p.H, b = i / p.H % p.B, row = i / (p.H * p.B);  // row: buffer and direction
-  p.exchange[(row * p.rows + b) * p.chunks * kGruChunk<S> + unit] = p.h0[(row % p.D * p.B + b) * p.H + unit];
+  p.exchange[(row * p.rows + b) * p.chunks * kGruChunk<S> + unit] = operand(p.h0[(row % p.D * p.B + b) * p.H + unit]);
 }
 
 }  // namespace fastlm::cuda

@@ -79,7 +79,7 @@ template <class S, bool kResident> struct GruBackward {
     S* const to = block.exchange_row(at.buffer, cell.b) + cell.unit;
     const int64_t row = d * N + at.first + cell.b;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) to[i * H] = narrow<S>(y[i]);
+    for (int i = 0; i < 3; ++i) to[i * H] = operand(narrow<S>(y[i]));
     if (p.gain[d]) {
       S* const dq = p.dq + row * 3 * H + cell.unit;
 #pragma unroll
@@ -192,13 +192,13 @@ template <class S, bool kResident> struct GruBackward {
 // All steps of a group, with its weights at hand.
 template <class S>
 __global__ void __launch_bounds__(kGruThreads, 1) gru_backward(const __grid_constant__ GruBackwardParams<S> p) {
-  GruBackward<S, true>(p).run();
+  if constexpr (kServed<S>) GruBackward<S, true>(p).run();
 }
 
 // One step.
 template <class S>
 __global__ void __launch_bounds__(kGruThreads, 1) gru_backward_step(const __grid_constant__ GruBackwardParams<S> p) {
-  GruBackward<S, false>(p).run();
+  if constexpr (kServed<S>) GruBackward<S, false>(p).run();
 }
 
 }  // namespace fastlm::cuda

@@ -73,7 +73,7 @@ template <class S, bool kResident> struct GruForward {
     const float h = p.zoneout ? in.h + in.u * (1 - z) * (n - in.h) : n + z * (in.h - n);
     const int64_t row = at.first + cell.b, state = (d * B + cell.b) * H + cell.unit;
     p.state[state] = h;
-    block.exchange_row(1 - at.buffer, cell.b)[cell.unit] = narrow<S>(h);
+    block.exchange_row(1 - at.buffer, cell.b)[cell.unit] = operand(narrow<S>(h));
     p.out[row * p.walk.D * H + d * H + cell.unit] = narrow<S>(h);
     if (d ? at.t == 0 : cell.b >= at.later) p.hn[state] = narrow<S>(h);
     if (p.save) {
@@ -167,13 +167,13 @@ template <class S, bool kResident> struct GruForward {
 // All steps of a group, with its weights at hand.
 template <class S>
 __global__ void __launch_bounds__(kGruThreads, 1) gru_forward(const __grid_constant__ GruForwardParams<S> p) {
-  GruForward<S, true>(p).run();
+  if constexpr (kServed<S>) GruForward<S, true>(p).run();
 }
 
 // One step.
 template <class S>
 __global__ void __launch_bounds__(kGruThreads, 1) gru_forward_step(const __grid_constant__ GruForwardParams<S> p) {
-  GruForward<S, false>(p).run();
+  if constexpr (kServed<S>) GruForward<S, false>(p).run();
 }
 
 }  // namespace fastlm::cuda

@@ -32,7 +32,7 @@ enum class Plan { alone, together, steps };
 
 // A block reads so much of its slice in about the time of a meeting (some 1.3 us: at 128 bytes a clock; in
 // float32, where each weight takes 16 multiply-adds a tile, in more).
-template <class S> inline constexpr size_t kAlone = sizeof(S) == 2 ? 96 << 10 : 48 << 10;
+template <class S> inline constexpr size_t kAlone = kTensorCores<S> ? 96 << 10 : 48 << 10;
 
 // FASTLM_GRU_PLAN forces one of the plans, for tests and measurements.
 inline std::optional<Plan> forced_plan(const char* op) {

@@ -28,8 +28,8 @@ namespace fastlm::cuda {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tests that read the compiled kernels, and the sanitizers, look at some only, for all of them take the compiler
-// long: not at float16, which compiles as bfloat16 does, and at attention for heads up to this size, if there is
-// one. `make cuda-targets` takes all.
+// long: not at float16, which compiles as bfloat16 does, and at attention, without tf32, for heads up to this size,
+// if there is one. `make cuda-targets` takes all.
 #ifdef FASTLM_SOME_KERNELS
 inline constexpr int kOnlyHead = FASTLM_SOME_KERNELS;
 #else
@@ -56,18 +56,31 @@ inline void check_cuda(cudaError_t error, const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastlm::", op, ": CUDA: ", cudaGetErrorString(error));
 }
 
-// torch's stream of a device. Looked up at run time in the torch that is loaded: one build serves every
-// CUDA build of torch, and can be linked where there is none.
+// A function of the torch that is loaded, or of a library that it is linked to; null where it has none. Looked
+// up at run time: one build serves every CUDA build of torch, and can be linked where there is none.
+template <class F> F* function_of_torch(const char* name) {
+  void* const torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return torch ? reinterpret_cast<F*>(dlsym(torch, name)) : nullptr;
+}
+
+// torch's stream of a device.
 inline cudaStream_t current_stream(int device, const char* op) {
-  using Function = int32_t (*)(int32_t, void**);
-  static const Function function = [] {
-    void* const torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return torch ? reinterpret_cast<Function>(dlsym(torch, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
+  static const auto function = function_of_torch<int32_t(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   STD_TORCH_CHECK(function && function(device, &stream) == 0, "fastlm::", op,
                   ": this torch gives no CUDA stream");
   return static_cast<cudaStream_t>(stream);
+}
+
+// Whether torch multiplies float32 in tf32 now, as torch.backends.cuda.matmul says: it gives out cuBLAS's
+// handle in the mode that follows from that.
+inline bool torch_multiplies_in_tf32() {
+  static const auto handle_of = function_of_torch<int32_t(void**)>("torch_get_current_cuda_blas_handle");
+  static const auto mode_of = function_of_torch<int(void*, int*)>("cublasGetMathMode");
+  constexpr int kTf32 = 3;  // CUBLAS_TF32_TENSOR_OP_MATH
+  void* handle = nullptr;
+  int mode = 0;
+  return handle_of && mode_of && handle_of(&handle) == 0 && mode_of(handle, &mode) == 0 && mode == kTf32;
 }
 
 // Makes the device of a tensor the current one while it lives, and launches on torch's stream there.
@@ -75,11 +88,6 @@ class Device {
  public:
   Device(const Tensor& t, const char* op)
       : op_(op), index_(t.get_device_index()), guard_(index_), stream_(current_stream(index_, op)) {
-    const auto attribute = [&](cudaDeviceAttr name) {
-      int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, name, index_), op);
-      return value;
-    };
     multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     shared_bytes = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   }
@@ -87,6 +95,8 @@ class Device {
 
   int multiprocessors;
   size_t shared_bytes;  // most that a block can have
+  // Whether float32 is multiplied as tf32.
+  bool uses_tf32() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 8 && torch_multiplies_in_tf32(); }
 
   template <class P> void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
     run(kernel, grid, threads, shared, params, false);
@@ -109,6 +119,11 @@ class Device {
   void zero(void* data, size_t bytes) { check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), op_); }
 
  private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, index_), op_);
+    return value;
+  }
   // What a kernel may have is raised and never lowered: another thread's call may come between this one and
   // its launch.
   template <class P> void allow(void (*kernel)(P), size_t shared) {
@@ -151,6 +166,7 @@ class Device {
   Device(const Tensor&, const char*) {}
   int multiprocessors = simt::gpu.multiprocessors;
   size_t shared_bytes = simt::gpu.shared_bytes;
+  bool uses_tf32() const { return simt::gpu.tf32; }
 
   template <class P> void launch(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
     run(kernel, grid, threads, shared, params, false);

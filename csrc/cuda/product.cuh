@@ -1,5 +1,5 @@
 // Tiles in shared memory and the two matrix products of a warp that attention, GRU and losses are made
-// of, for 16-bit types on tensor cores and for float32 by multiply-adds, with the same fragments.
+// of, for 16-bit types and tf32 on tensor cores and for float32 by multiply-adds, with the same fragments.
 //
 // An accumulator is c[N][4], N tiles of 16 x 8 side by side, as mma leaves them: with g = lane / 4 and
 // t = lane % 4, c[n][0] is at (g, 8 n + 2 t), c[n][1] in the next column, c[n][2] and c[n][3] 8 rows below.
@@ -67,20 +67,25 @@ template <int K, class T, int A, int B, int M, int N>
 FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Tile<T, B> b, int column) {
   constexpr uint32_t kA = Tile<T, A>::kRowBytes, kB = Tile<T, B>::kRowBytes;
   const int lane = lane_index();
-  if constexpr (sizeof(T) == 2) {
-    static_assert(K % 16 == 0 && N % 2 == 0);
+  if constexpr (kTensorCores<T>) {
+    constexpr int kStep = 2 * kPerVector<T>;
+    static_assert(K % kStep == 0 && N % 2 == 0);
     const uint32_t in_a = a.offset(row + lane % 16, lane / 16);
     const uint32_t in_b = b.offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     [[maybe_unused]] constexpr int kAtOnce = M * N < 16 ? 4 : 2;  // for more, registers lack
 #pragma unroll kAtOnce
-    for (uint32_t k = 0; k < K / 16; ++k) {
+    for (uint32_t k = 0; k < K / kStep; ++k) {
       uint32_t x[M][4];
 #pragma unroll
-      for (int m = 0; m < M; ++m) ldmatrix(x[m], a.behind(a.moved(in_a, 2 * k) + 16 * m * kA));
+      for (int m = 0; m < M; ++m) {
+        ldmatrix(x[m], a.behind(a.moved(in_a, 2 * k) + 16 * m * kA));
+        to_operands(x[m], T{});
+      }
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
         ldmatrix(y, b.behind(b.moved(in_b, 2 * k) + 8 * n * kB));
+        to_operands(y, T{});
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           mma(c[m][n], x[m], y[0], y[1], T{});
@@ -151,6 +156,31 @@ FASTLM_DEVICE void multiply_registers(float (&c)[M][N][4], const float (&p)[M][K
           mma(c[m][n], x[m], y[0], y[1], T{});
           mma(c[m][n + 1], x[m], y[2], y[3], T{});
         }
+      }
+    }
+  } else if constexpr (kTensorCores<T>) {
+    // Columns 2 t and 2 t + 1 of a tile of P, and those rows of b, are k = t and k = t + 4.
+    const int g = lane / 4, t = lane % 4;
+    const uint32_t upper = b.offset(row + 2 * t, column / 4 + g / 4) + g % 4 * 4;
+    const uint32_t lower = b.offset(row + 2 * t + 1, column / 4 + g / 4) + g % 4 * 4;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      uint32_t x[M][4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][i] = __float_as_uint(p[m][k][i / 2 + i % 2 * 2]);
+        to_operands(x[m], T{});
+      }
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const auto word = [&](uint32_t at) {
+          return load_shared(reinterpret_cast<const uint32_t*>(b.behind(b.moved(at, 2 * n) + 8 * k * kB)));
+        };
+        uint32_t y[2] = {word(upper), word(lower)};
+        to_operands(y, T{});
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma(c[m][n], x[m], y[0], y[1], T{});
       }
     }
   } else {

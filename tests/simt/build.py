@@ -38,11 +38,11 @@ def library() -> str:
 
 
 def sources(kind: str) -> list[Path]:
-    """Launchers, each with its kernels; without float16 where FASTLM_SOME_KERNELS leaves it out."""
+    """Launchers, each with its kernels; without those of types that FASTLM_SOME_KERNELS leaves out."""
     if chosen := os.environ.get("FASTLM_SIMT_SOURCES"):
         return [CSRC / "cuda" / f"{x}.cu" for x in chosen.split(",")]
     every = sorted(CSRC.glob("cuda/*.cu"))
-    return [x for x in every if kind == "plain" or not x.stem.endswith("_float16")]
+    return [x for x in every if kind == "plain" or not x.stem.endswith(("_float16", "_tf32"))]
 
 
 def quote(words):

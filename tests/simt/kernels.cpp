@@ -179,15 +179,29 @@ template <class T> __global__ void one_mma(Product<T> p) {
   for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
 }
 
+// The same of a 16 x 8, b 8 x 8.
+__global__ void one_mma_tf32(Product<tf32> p) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const auto word = [](tf32 x) { return __float_as_uint(x.value); };
+  const auto a_at = [&](int i) { return word(p.a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]); };
+  const uint32_t a[4] = {a_at(0), a_at(1), a_at(2), a_at(3)};
+  float c[4] = {1, 1, 1, 1};
+  mma(c, a, word(p.b[t * 8 + g]), word(p.b[(t + 4) * 8 + g]), tf32{});
+  for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+}
+
 template <class T> void check_mma() {
-  const std::vector<float> values = random_values(384);
-  const std::vector<T> x = rounded<T>(values);
+  constexpr size_t K = 32 / sizeof(T);
+  std::vector<T> x = rounded<T>(random_values(24 * K));
+  for (T& v : x) v = operand(v);
   std::vector<float> c(128);
-  run(one_mma<T>, 1, 32, 0, Product<T>{x.data(), x.data() + 256, c.data()});
+  const Product<T> p{x.data(), x.data() + 16 * K, c.data()};
+  if constexpr (sizeof(T) == 4) run(one_mma_tf32, 1, 32, 0, p);
+  else run(one_mma<T>, 1, 32, 0, p);
   for (size_t i = 0; i < 16; ++i)
     for (size_t j = 0; j < 8; ++j) {
       double sum = 1;
-      for (size_t k = 0; k < 16; ++k) sum += double(widen(x[i * 16 + k])) * widen(x[256 + k * 8 + j]);
+      for (size_t k = 0; k < K; ++k) sum += double(widen(x[i * K + k])) * widen(x[16 * K + k * 8 + j]);
       expect(fabs(c[i * 8 + j] - sum) < 1e-5);
     }
 }
@@ -208,7 +222,7 @@ template <class T> __global__ void two_products(Product<T> p) {
     for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * 32 + 8 * n + 2 * t + i % 2] = c[n][i];
 }
 
-template <class T> void check_products() {
+template <class T> void check_products(double bound) {
   const std::vector<T> x = rounded<T>(random_values(1024));
   std::vector<float> c(512);
   run(two_products<T>, 1, 32, 1024 * sizeof(T), Product<T>{x.data(), x.data() + 512, c.data()});
@@ -220,7 +234,7 @@ template <class T> void check_products() {
         for (size_t k = 0; k < 32; ++k) s += double(widen(x[i * 32 + k])) * widen(x[512 + n * 32 + k]);
         sum += s * widen(x[512 + n * 32 + j]);
       }
-      expect(fabs(c[i * 32 + j] - sum) < (sizeof(T) == 2 ? 0.5 : 1e-3));
+      expect(fabs(c[i * 32 + j] - sum) < bound);
     }
 }
 
@@ -239,6 +253,10 @@ void check_conversions() {
   expect(narrow<f16>(65519.99f).bits == 0x7bff && narrow<f16>(65520.f).bits == 0x7c00);
   expect(narrow<f16>(NAN).bits == 0x7fff && narrow<bf16>(-NAN).bits == 0x7fff);
   expect(pack(1, -2, bf16{}) == 0xc0003f80 && pack(1, -2, f16{}) == 0xc0003c00);
+  const float step = 0x1p-10f, tie = 1 + step / 2;  // away from 0
+  expect(round_tf32(tie) == 1 + step && round_tf32(-tie) == -1 - step && round_tf32(nextafterf(tie, 0)) == 1);
+  expect(round_tf32(1.9999f) == 2 && round_tf32(0x1.ffdp127f) == 0x1.ffcp127f);
+  expect(round_tf32(INFINITY) == INFINITY && round_tf32(0x1.ffep127f) == INFINITY && round_tf32(NAN) != round_tf32(NAN));
 }
 
 // ---- lanes ---------------------------------------------------------------------------------
@@ -374,7 +392,7 @@ void print_philox() {
 
 enum class Bad {
   barrier_and_return, barrier_in_branches, barrier_and_shuffle, shuffle_from_other_half, mask_without_caller,
-  mask_with_returned, mask_differs, ops_differ, part_of_mma, part_of_block_in_grid_barrier, wrong_round,
+  mask_with_returned, mask_differs, ops_differ, part_of_mma, factor_not_rounded, part_of_block_in_grid_barrier, wrong_round,
   shared_beyond, shared_beyond_plain, shared_misaligned, global_misaligned, matrix_misaligned, copy_beyond,
   copy_misaligned, shared_as_global,
 };
@@ -410,6 +428,8 @@ template <Bad BAD> __global__ void bad(Memory p) {
     else __ballot_sync(kAllLanes, i);
   } else if constexpr (BAD == Bad::part_of_mma) {
     if (i % 32 < 31) mma(c, r, 0, 0, bf16{});
+  } else if constexpr (BAD == Bad::factor_not_rounded) {
+    mma(c, r, 0, __float_as_uint(1 + 0x1p-11f), tf32{});
   } else if constexpr (BAD == Bad::part_of_block_in_grid_barrier) {
     if (i < 32) grid_barrier(p.counter, 0, 1);
   } else if constexpr (BAD == Bad::wrong_round) {
@@ -540,9 +560,11 @@ const std::map<std::string, void (*)()> kTests = {
     {"ldmatrix", check_ldmatrix},
     {"mma_bf16", check_mma<bf16>},
     {"mma_f16", check_mma<f16>},
-    {"products_bf16", check_products<bf16>},
-    {"products_f16", check_products<f16>},
-    {"products_float", check_products<float>},
+    {"mma_tf32", check_mma<tf32>},
+    {"products_bf16", [] { check_products<bf16>(0.5); }},
+    {"products_f16", [] { check_products<f16>(0.5); }},
+    {"products_tf32", [] { check_products<tf32>(0.1); }},
+    {"products_float", [] { check_products<float>(1e-3); }},
     {"conversions", check_conversions},
     {"shuffles", check_shuffles},
     {"partial_warp", check_partial_warp},
@@ -567,6 +589,7 @@ const std::map<std::string, void (*)()> kTests = {
     {"large_block", run_large_block},
     BAD(barrier_and_return), BAD(barrier_in_branches), BAD(barrier_and_shuffle), BAD(shuffle_from_other_half),
     BAD(mask_without_caller), BAD(mask_with_returned), BAD(mask_differs), BAD(ops_differ), BAD(part_of_mma),
+    BAD(factor_not_rounded),
     BAD(part_of_block_in_grid_barrier), BAD(wrong_round), BAD(shared_beyond), BAD(shared_beyond_plain),
     BAD(shared_misaligned), BAD(global_misaligned), BAD(matrix_misaligned), BAD(copy_beyond), BAD(copy_misaligned),
     BAD(shared_as_global),

@@ -160,6 +160,7 @@ SIMT_HIDDEN inline Launch* current = nullptr;      // under way
 struct Gpu {
   int multiprocessors = 4;
   size_t shared_bytes = 99 * 1024;  // that a block may use
+  bool tf32 = false;  // float32 is multiplied so
   bool listing = false;
 };
 SIMT_HIDDEN inline Gpu gpu;

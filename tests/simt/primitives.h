@@ -1,5 +1,5 @@
 // The primitives of device.cuh for a C++ compiler. Fragments are laid out as the PTX ISA has them for
-// ldmatrix and mma.m16n8k16; cp.async copies at the wait, and leaves NaNs until then.
+// ldmatrix, mma.m16n8k16 and, of tf32, mma.m16n8k8; cp.async copies at the wait, and leaves NaNs until then.
 #pragma once
 #include "model.h"
 
@@ -7,6 +7,7 @@ namespace fastlm::cuda {
 
 struct alignas(2) bf16 { uint16_t bits; };
 struct alignas(2) f16 { uint16_t bits; };
+struct alignas(4) tf32 { float value; };
 
 // ---- conversions ---------------------------------------------------------------------------
 
@@ -34,6 +35,12 @@ template <class T> inline uint32_t pack(float low, float high, T) {
   narrow_to(a, low);
   narrow_to(b, high);
   return uint32_t(b.bits) << 16 | a.bits;
+}
+
+inline float round_tf32(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if ((bits & 0x7f800000) == 0x7f800000) return x == x ? x : __uint_as_float(0x7fffffff);
+  return __uint_as_float((bits + 0x1000) & ~0x1fffu);
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -91,6 +98,37 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
       }
       c[row] = {left, right};
     }
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operand& x = *static_cast<const Operand*>(calls[lane].operand);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) x.c[j] = c[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
+    }
+  });
+}
+
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, tf32, SIMT_HERE) {
+  struct Operand { float* c; const uint32_t* a; uint32_t b[2]; } own{c, a, {b0, b1}};
+  simt::meet({simt::Op::mma, ~0u, &own, at}, [at](const simt::Call* calls) {
+    const auto value = [at](uint32_t bits) {
+      const float x = __uint_as_float(bits);
+      if (x == x && bits & 0x1fff) simt::fail("a factor is not rounded to tf32", at);
+      return x;
+    };
+    float a[16][8], b[8][8], c[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operand& x = *static_cast<const Operand*>(calls[lane].operand);
+      const int g = lane / 4, t = lane % 4;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        a[g + j % 2 * 8][t + j / 2 * 4] = value(x.a[j]);
+        c[g + j / 2 * 8][2 * t + j % 2] = x.c[j];
+      }
+      for (int j = 0; j < 2; ++j) b[t + j * 4][g] = value(x.b[j]);
+    }
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < 8; ++k)
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; ++n) c[row][n] += a[row][k] * b[k][n];
     for (int lane = 0; lane < 32; ++lane) {
       const Operand& x = *static_cast<const Operand*>(calls[lane].operand);
 #pragma GCC unroll 4

@@ -333,14 +333,14 @@ void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry,
 SIMT_API void simt_seed(uint64_t seed) { simt::seed(seed); }
 
 // From now on launchers see such a GPU; or that of the start, if it has no multiprocessors.
-SIMT_API void simt_gpu(int multiprocessors, size_t shared_bytes) {
-  simt::gpu = multiprocessors ? simt::Gpu{multiprocessors, shared_bytes} : simt::Gpu{};
+SIMT_API void simt_gpu(int multiprocessors, size_t shared_bytes, bool tf32) {
+  simt::gpu = multiprocessors ? simt::Gpu{multiprocessors, shared_bytes, tf32} : simt::Gpu{};
 }
 
 // From now on launchers see such a GPU, and their launches are listed; simt_listed() ends that.
-SIMT_API void simt_list(int multiprocessors, size_t shared_bytes) {
+SIMT_API void simt_list(int multiprocessors, size_t shared_bytes, bool tf32) {
   simt::listed.clear();
-  simt::gpu = {multiprocessors, shared_bytes, true};
+  simt::gpu = {multiprocessors, shared_bytes, tf32, true};
 }
 SIMT_API const char* simt_listed() {
   simt::gpu = {};
