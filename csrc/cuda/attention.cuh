@@ -105,30 +105,8 @@ FASTLM_DEVICE Row row_of(const AttentionParams& p, const Sequence& s, int b, int
 
 FASTLM_DEVICE bool sees(const Sequence& s, int i, int j) { return j < s.Tk && j >= i - s.lower && j <= i + s.upper; }
 
-// The logit of row and key j in base 2 out of the product qk. cap: tanh of the softcap, where there is
-// one. OPTIONS: mask, slopes and softcap are looked at; else the product is scaled.
-template <class T, bool OPTIONS>
-FASTLM_DEVICE float logit(const AttentionParams& p, const Sequence& s, const Row& row, int j, float qk, float* cap) {
-  if constexpr (!OPTIONS) return qk * (p.scale * kLog2e);
-  float x;
-  if (p.softcap > 0) {
-    *cap = tanh_of(qk * (p.scale / p.softcap));
-    x = *cap * (p.softcap * kLog2e);
-  } else {
-    x = qk * (p.scale * kLog2e);
-  }
-  if (p.slopes) x -= fabsf(float(row.i + (s.Tk - s.Tq) - j)) * row.slope;
-  if (p.mask_kind != kNoMask && j < s.Tk) {
-    const int64_t at = row.mask + j * p.mask_k;
-    if (p.mask_kind == kBoolMask) x = static_cast<const bool*>(p.mask)[at] ? x : -kInfinity;
-    else if (p.mask_kind == kFloatMask) x += static_cast<const float*>(p.mask)[at] * kLog2e;
-    else x += widen(static_cast<const T*>(p.mask)[at]) * kLog2e;
-  }
-  return x;
-}
-
-// The same of the products x of a warp: row_at(m, n, c) and key_at(m, n, c) say whose score x[m][n][c] is, and
-// use_cap(m, n, c, cap) gets the tanh of its softcap. Keys behind the last get the mask of the last.
+// The logits in base 2 out of the products x of a warp: row_at(m, n, c) and key_at(m, n, c) say whose x[m][n][c]
+// is, and use_cap(m, n, c, cap) gets the tanh of its softcap. Keys behind the last get the mask of the last.
 template <class T, int M, int N, class RowAt, class KeyAt, class UseCap>
 FASTLM_DEVICE void logits(const AttentionParams& p, const Sequence& s, float (&x)[M][N][4], const RowAt& row_at,
                           const KeyAt& key_at, const UseCap& use_cap) {

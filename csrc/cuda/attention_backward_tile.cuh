@@ -72,7 +72,7 @@ template <int SIZE> struct StreamTiles {
 
 // KEYS: keys stay and rows stream, else rows stay. A warp has 16 M of what stays, and 8 N of what streams
 // at a time. Two tiles of 16 share what is read of the other side where registers and shared memory allow it; OPTIONS, as
-// in `logit`, need some. SMALL: for sm_75, from heads of 64 on: a block has 64 KiB of shared memory there,
+// in `logits`, need some. SMALL: for sm_75, from heads of 64 on: a block has 64 KiB of shared memory there,
 // and copies pass through registers.
 template <class T_, int D_, bool KEYS, bool OPTIONS, bool SMALL> struct BackwardShape {
   using T = T_;

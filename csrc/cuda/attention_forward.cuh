@@ -290,18 +290,21 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
     fetch(v_tile(before), a.vs, a.v, a.Dv, ahead);
     if (busy) {
       multiply_rows<kD>(scores, q, warp_row, k_tile(stage), part * kPiece);
-      if (OPTIONS || piece < mine.full_begin || piece >= mine.full_end) {
+      const auto key_at = [&](int, int n, int c) { return start + 8 * n + c % 2; };
+      if constexpr (OPTIONS) {  // one tile of 16 rows at a time: of more, the loads of a mask take too many registers
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+          logits<T>(a, s, reinterpret_cast<float (&)[1][kPiece / 8][4]>(scores[m]),
+                    [&](int, int, int c) -> const Row& { return row[m][c / 2]; }, key_at, [](int, int, int, float) {});
+      }
+      if (piece < mine.full_begin || piece >= mine.full_end) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
-          for (int c = 0; c < kPiece / 8; ++c) {
+          for (int n = 0; n < kPiece / 8; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float cap, &score = scores[m][c][e];
-              const int j = start + 8 * c + e % 2;
-              if (OPTIONS) score = logit<T, true>(a, s, row[m][e / 2], j, score, &cap);
-              if (!sees(s, row[m][e / 2].i, j)) score = -kInfinity;
-            }
+            for (int c = 0; c < 4; ++c)
+              if (!sees(s, row[m][c / 2].i, key_at(m, n, c))) scores[m][n][c] = -kInfinity;
           }
         }
       }
