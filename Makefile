@@ -46,7 +46,11 @@ bench: setup
 
 # In the Python it is given, where that has what is needed: packages for GPUs are large, and often chosen with care.
 # Builds the CUDA kernels where nvcc is found; else takes a fastlm/libfastlm_cuda.so that was built elsewhere.
+# Builds for the GPUs that are here alone: all that there are kernels for take half an hour.
+HERE = import torch; print(";".join({"%d%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}))
+gpu-check: export FASTLM_CUDA_ARCHS ?= $(shell $(PYTHON) -c '$(HERE)')
 gpu-check:
+	@$(PYTHON) -c 'import pytest, torch, triton; assert torch.cuda.is_available(), "no GPU that this torch can use"'
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 

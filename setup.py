@@ -284,7 +284,10 @@ class Build(build_ext):
             script = cpu_rules(library) + cuda_rules(nvcc, cuda_library)
             ninja(script, hint=" FASTLM_CUDA=0 leaves the CUDA kernels out.")
         else:
-            cuda_library.unlink(missing_ok=True)  # of an earlier build: it would get into the wheel
+            if (
+                not self.inplace or os.environ.get("FASTLM_CUDA") == "0"
+            ):  # in place it may come from elsewhere
+                cuda_library.unlink(missing_ok=True)  # of an earlier build: it would get into the wheel
             ninja(cpu_rules(library))
 
 

@@ -5,7 +5,8 @@ tests' outcome, the compiled kernels, and for each shape the time and the peak m
 is here: eager PyTorch (cuDNN for the GRU), torch.compile, fastlm as it chooses, fastlm on each other family
 of kernels, and flash-attn and Liger where installed.
 The contenders take turns, timed by the device's events; each result is compared with the reference first.
-Needs no network, and no package beyond torch, triton and pytest; charts need matplotlib and rich.
+A contender, a workload or a family of kernels that fails is reported, and the others go on; the report is
+written anew after each step. Needs no network; which packages it needs, it says first.
 """
 
 import argparse
@@ -15,28 +16,44 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
 from cases import OPERATORS
 from harness import differentiable, on_device
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from benchmarks import ROOT
-from benchmarks.measure import Measurement, Timing, check
+from benchmarks.measure import Measurement, Timing, check, duration, failure, problems
 from benchmarks.training_step import TrainingStep
 from benchmarks.workloads import FASTLM, OperatorProblem, Workload, workloads
 from fastlm import ops
 
-FLASH, LIGER = "flash-attn", "Liger"
+CUDNN, FLASH, LIGER = "cuDNN", "flash-attn", "Liger"
 ROUNDS, ROUND_SECONDS = 20, 0.01
+# Of the tests, each in a process of its own: a fault in a kernel spoils the device for its whole process.
+SUITES = {
+    "cuda": ["tests/test_cuda.py"],
+    "triton": ["tests/test_triton.py"],
+    "others": ["tests", "--ignore=tests/test_cuda.py", "--ignore=tests/test_triton.py"],
+}
+SUITE_SECONDS = 2 * 3600
 
 
 # ---- contenders ----------------------------------------------------------------------------
+
+
+def _cudnn(*args, **kwargs):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _flash(query, key, value, *, is_causal=False, enable_gqa=False):
@@ -63,6 +80,7 @@ def _liger_linear(input, linear_weight, target):
 FORCED = {"fastlm cuda": "cuda", "fastlm triton": "triton"}
 # (operator, contender) -> its package and its function on the operator's arguments
 OTHERS = {
+    ("scaled_dot_product_attention", CUDNN): ("torch", _cudnn),
     ("scaled_dot_product_attention", FLASH): ("flash_attn", _flash),
     ("cross_entropy", LIGER): ("liger_kernel", _liger),
     ("linear_cross_entropy", LIGER): ("liger_kernel", _liger_linear),
@@ -85,10 +103,9 @@ class DeviceProblem(OperatorProblem):
         return super().function(contender) if other is None else other[1]
 
 
-def contenders(workload: Workload, device: torch.device) -> list[str]:
-    sample = torch.empty(1, dtype=workload.dtype, device=device)
-    chosen, missing = ops.choose_backend(workload.operator, sample), ops.missing_backends()
-    families = [name for name, family in FORCED.items() if family != chosen and family not in missing]
+def contenders(workload: Workload) -> list[str]:
+    missing = ops.missing_backends()
+    families = [name for name, family in FORCED.items() if family not in missing]
     others = [
         name
         for (operator, name), (package, _) in OTHERS.items()
@@ -163,6 +180,23 @@ def extra_memory(call: Callable, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
+def prepare(
+    problem: DeviceProblem, name: str, kind: str, truth, timing: Timing
+) -> tuple[Callable, int] | None:
+    """Its call, checked, and how many fill a round; None where it fails, which `timing` is told."""
+    try:
+        with on_family(name):
+            call = problem.call(name, kind)
+            timing.problem = check(call, truth, problem.dtype)
+            if timing.problem is None:
+                times = max(1, int(ROUND_SECONDS / max(1e-6, timed(call, 1, problem.device))))
+                timing.memory = extra_memory(call, problem.device)
+                return call, times
+    except Exception as error:  # reported; the others go on
+        timing.problem = failure(error)
+    return None
+
+
 def measure(workload: Workload, device: torch.device) -> list[Measurement]:
     torch._dynamo.reset()
     problem = DeviceProblem(workload, device)
@@ -170,21 +204,19 @@ def measure(workload: Workload, device: torch.device) -> list[Measurement]:
     dtype = str(workload.dtype).removeprefix("torch.")
     measured = []
     for kind in problem.kinds:
-        timings = {name: Timing() for name in contenders(workload, device)}
-        calls, times = {}, {}
+        timings = {name: Timing() for name in contenders(workload)}
+        calls = {}
         for name, timing in timings.items():
-            call = problem.call(name, kind)
-            with on_family(name):
-                timing.problem = check(call, truth, workload.dtype)
-                if timing.problem is None:
-                    calls[name] = call
-                    times[name] = max(1, int(ROUND_SECONDS / max(1e-6, timed(call, 1, device))))
-                    timing.memory = extra_memory(call, device)
+            call = prepare(problem, name, kind, truth, timing)
+            if call is not None:
+                calls[name] = call
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         names = list(calls)
         for turn in range(ROUNDS):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 with on_family(name):
-                    timings[name].seconds.append(timed(calls[name], times[name], device))
+                    timings[name].seconds.append(timed(*calls[name], device))
         measured.append(
             Measurement(workload.operator, workload.shape, dtype, kind, *problem.floor[kind], timings)
         )
@@ -208,47 +240,88 @@ def facts(device: torch.device) -> dict[str, str]:
         f"CUDA {torch.version.cuda}",
         f"HIP {torch.version.hip}",
     ]
+    distributions = importlib.metadata.packages_distributions()
     for package in packages:
         if importlib.util.find_spec(package):
-            name = importlib.metadata.packages_distributions().get(package, [package])[0]
-            versions.append(f"{name} {importlib.metadata.version(name)}")
+            (name, *_) = distributions.get(package, [package])
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions.append(f"{name} {importlib.metadata.version(name)}")
+    if device.type == "cuda":
+        versions.append(f"cuDNN {torch.backends.cudnn.version()}")
     found["versions"] = ", ".join(versions)
     missing = ops.missing_backends()
     for name in ("cuda", "triton"):
         found[f"backend {name}"] = (
             f"missing: {missing[name]}" if name in missing else ops.backend_notes()[name]
         )
-    serving = {name: [family for family, _ in rules] for name, rules in ops._native[device.type].items()}
-    found["fastlm chooses"] = ", ".join(
-        f"{' or '.join(families) or 'eager'} for {operator}" for operator, families in serving.items()
-    )
     found["time"] = time.strftime("%Y-%m-%d %H:%M:%S")
     return found
 
 
-def run_tests(arguments: list[str]) -> tuple[bool, str]:
-    """Whether all passed, and pytest's summary."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", str(ROOT / "tests"), *arguments]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "4", "--dist", "worksteal"]
+def parallel() -> bool:
+    return importlib.util.find_spec("xdist") is not None
+
+
+def run_tests(suite: str, arguments: list[str], log: Path) -> tuple[bool, str]:
+    """Whether all passed, and pytest's summary; the rest of what it says goes to the terminal and a file."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", *SUITES[suite]]
+    command += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=600"]
+    if parallel():
+        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "1000"]
+    command += arguments
+    # Configurations are tuned in the benchmarks: compiling all would make the tests as many times longer.
+    environment = {"TRITON_INTERPRET": "0", "FASTLM_AUTOTUNE": "0", "GOMP_SPINCOUNT": "1000"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment | os.environ | {"TRITON_INTERPRET": "0"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    timer = threading.Timer(SUITE_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    lines = []
+    with log.open("w") as file:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+            file.flush()
+            lines.append(line.rstrip())
+    timer.cancel()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR "))]
+    if len(failed) > 100:
+        failed[100:] = [f"and {len(failed) - 100} more, in {log.name}"]
+    if process.wait() < 0:
+        failed.append(f"ended by {signal.Signals(-process.returncode).name}, after {SUITE_SECONDS} s at most")
+    return process.returncode == 0, "\n".join(failed + lines[-1:])
+
+
+COMPILED = """
+import sys
+from fastlm.targets import HEAD, line
+from fastlm.triton import targets
+print(HEAD)
+for row in targets.table(sys.argv[1]):
+    print(line(row), *row.problems())
+"""
+
+
+def kernels(device: torch.device) -> str:
+    """What became of the Triton kernels for this device, where it is a target that is known."""
+    from fastlm.triton import targets
+    from fastlm.triton.launch import target_of
+
+    name = target_of(device).name
+    if name not in targets.COMPILED_FOR:
+        return f"{name} is not among {', '.join(targets.COMPILED_FOR)}"
+    command = [sys.executable, "-c", COMPILED, name]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = done.stdout.splitlines() + done.stderr.splitlines()
-    return done.returncode == 0, "\n".join([x for x in lines if x.startswith("FAILED")] + lines[-1:])
-
-
-def kernels() -> str:
-    command = [sys.executable, "-m", "fastlm", "info", "--kernels"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else done.stderr[-2000:]
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return done.stdout + done.stderr[-2000:]
 
 
 def table(measured: list[Measurement], peaks: Peaks) -> list[str]:
-    names = list(dict.fromkeys(name for m in measured for name in m.contenders))
+    if not measured:
+        return []
+    names = list(measured[0].contenders)
     lines = [
         "| shape | dtype | pass | " + " | ".join(names) + " | of the floor | MiB " + "/".join(names) + " |",
         "| --- " * (len(names) + 5) + "|",
@@ -265,13 +338,66 @@ def table(measured: list[Measurement], peaks: Peaks) -> list[str]:
         share = m.floor(peaks) / m.contenders[FASTLM].median
         cells += ["" if share != share else f"{share:.0%}", memory]
         lines.append(f"| {m.shape} | {m.dtype} | {m.kind} | " + " | ".join(cells) + " |")
-    lines += [
-        f"\n- {m.shape}, {m.dtype}, {m.kind}, {name}: {timing.problem}"
-        for m in measured
-        for name, timing in m.contenders.items()
-        if timing.problem
-    ]
-    return lines
+    return lines + [f"\n- {line}" for line in problems(measured)]
+
+
+class Report:
+    """report.md, written whole at each addition: what stops the run loses nothing."""
+
+    def __init__(self, folder: Path, about: dict[str, str]):
+        self.path, self.lines = folder / "report.md", []
+        self.add("# fastlm on " + about["device"], *(f"- {name}: {value}" for name, value in about.items()))
+
+    def add(self, *lines: str) -> None:
+        self.lines += lines
+        self.path.write_text("\n".join(self.lines) + "\n")
+
+
+def benchmark(report: Report, chosen: list[Workload], device: torch.device, about: dict[str, str]) -> bool:
+    """Whether every fastlm result was right."""
+    peaks, good = measure_peaks(device), True
+    report.add(
+        f"\n## Benchmarks\nFloor: the larger of operations at {peaks.bf16 / 1e12:.3g} (bfloat16) or "
+        f"{peaks.fma / 1e12:.3g} TFLOP/s (float32, as torch multiplies) and bytes at {peaks.copy / 1e9:.4g} GB/s, "
+        "measured here. (1.50x): times as long as fastlm."
+    )
+    for operator in dict.fromkeys(w.operator for w in chosen):
+        measured, lost = [], []
+        for workload in (w for w in chosen if w.operator == operator):
+            print(workload.name, flush=True)
+            try:
+                measured += measure(workload, device)
+            except Exception as error:  # the reference may need more memory than there is
+                lost.append(f"\n- {workload.name} was not measured: {failure(error)}")
+        good &= not lost and all(m.contenders[FASTLM].problem is None for m in measured)
+        report.add(f"\n### {operator}", *table(measured, peaks), *lost)
+        if measured and all(importlib.util.find_spec(name) for name in ("matplotlib", "rich")):
+            from benchmarks.report import draw
+
+            draw(measured, peaks, about, report.path.parent)
+            report.add(f"\n![{operator}]({operator.replace(' ', '_')}.png)")
+    return good
+
+
+def lacking(device: torch.device) -> tuple[list[str], list[str]]:
+    """What must be here and is not, and what is left out for want of a package."""
+    found = {name: bool(importlib.util.find_spec(name)) for name in NEEDED | OPTIONAL.keys()}
+    must = [f"Python package {name}" for name in sorted(NEEDED) if not found[name]]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        must.append("a GPU that this torch can use")
+    return must, [f"without {name}: {what}" for name, what in OPTIONAL.items() if not found[name]]
+
+
+NEEDED = {"pytest", "triton"}
+OPTIONAL = {
+    "numpy": "the tests of data and training, and of Triton's interpreter, fail",
+    "xdist": "tests run one after the other, and a family's end with the first fault of the device",
+    "hypothesis": "no generated cases",
+    "rich": "no charts, and the tests of the command line fail",
+    "matplotlib": "no charts",
+    "flash_attn": "not among the contenders",
+    "liger_kernel": "not among the contenders",
+}
 
 
 def main() -> int:
@@ -280,42 +406,31 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--tests", default="", help="more arguments for pytest")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the report [default: benchmarks/results/gpu-...]"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu-check: no GPU is available to torch here", file=sys.stderr)
+    must, without = lacking(device)
+    if must:
+        print("gpu-check needs " + ", ".join(must), file=sys.stderr)
         return 2
-    folder = ROOT / "benchmarks" / "results" / time.strftime("gpu-%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True)
-    about = facts(device)
-    report = ["# fastlm on " + about["device"], *(f"- {name}: {value}" for name, value in about.items())]
-    good = True
-    if not options.no_tests:
-        good, summary = run_tests(options.tests.split())
-        report += ["\n## Tests", f"```\n{summary}\n```", "\n## Kernels", f"```\n{kernels()}\n```"]
-        print(summary)
-    peaks = measure_peaks(device)
-    report.append(
-        f"\n## Benchmarks\nFloor: the larger of operations at {peaks.bf16 / 1e12:.3g} (bfloat16) or "
-        f"{peaks.fma / 1e12:.3g} TFLOP/s (float32, as torch multiplies) and bytes at {peaks.copy / 1e9:.4g} GB/s, "
-        "measured here. (1.50x): times as long as fastlm."
-    )
     chosen = [w for w in workloads() if w.operator != TrainingStep.operator]
     chosen = [w for w in chosen if not options.words or any(word in w.name for word in options.words)]
-    for operator in dict.fromkeys(w.operator for w in chosen):
-        measured = []
-        for workload in (w for w in chosen if w.operator == operator):
-            print(workload.name, flush=True)
-            measured += measure(workload, device)
-        good &= all(m.contenders[FASTLM].problem is None for m in measured)
-        report += [f"\n### {operator}", *table(measured, peaks)]
-        if all(importlib.util.find_spec(name) for name in ("matplotlib", "rich")):
-            from benchmarks.report import draw
-
-            draw(measured, peaks, about, folder)
-            report.append(f"\n![{operator}]({operator.replace(' ', '_')}.png)")
-        (folder / "report.md").write_text("\n".join(report) + "\n")
-    print(f"report: {folder / 'report.md'}")
+    folder = options.output or ROOT / "benchmarks" / "results" / time.strftime("gpu-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    about, good = facts(device), True
+    report = Report(folder, about)
+    report.add(*(f"- {line}" for line in without))
+    print("\n".join(report.lines), flush=True)
+    for suite in () if options.no_tests else SUITES:
+        passed, summary = run_tests(suite, options.tests.split(), folder / f"tests-{suite}.txt")
+        good &= passed
+        report.add(f"\n## Tests: {suite}", f"```\n{summary}\n```")
+    good &= benchmark(report, chosen, device, about)
+    if device.type == "cuda" and not options.no_tests:
+        report.add("\n## Triton kernels", f"```\n{kernels(device)}\n```")
+    print(f"report: {report.path}")
     return 0 if good else 1
 
 

@@ -143,12 +143,32 @@ def check(call: Callable[[], list[Tensor]], truth: list[Tensor], dtype: torch.dt
     try:
         results = call()
     except Exception as error:  # a contender that can't run is reported, and the others go on
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return failure(error)
     for i, (result, expected) in enumerate(zip(results, truth, strict=False)):
         error = (result.detach().float() - expected).norm() / expected.norm()
         if result.shape != expected.shape or not error <= TOLERANCE[dtype]:
             return f"wrong: result {i} of shape {tuple(result.shape)} is off by {error:.1e}"
     return None
+
+
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def problems(measured: list[Measurement]) -> list[str]:
+    return [
+        f"{m.shape}, {m.dtype}, {m.kind}: {name}: {timing.problem}"
+        for m in measured
+        for name, timing in m.contenders.items()
+        if timing.problem
+    ]
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale or unit == "µs":
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds:.0f} s"
+    raise AssertionError
 
 
 def interleave(calls: dict[str, Callable], warm: dict[str, float], budget: float) -> dict:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import fastlm
 from benchmarks import ROOT
-from benchmarks.measure import Measurement, Peaks, measure
+from benchmarks.measure import Measurement, Peaks, duration, measure, problems
 from benchmarks.workloads import COMPILED, EAGER, FASTLM, Workload, workloads
 from fastlm import _C
 
@@ -28,6 +28,9 @@ COLOURS = {
     "torch.compile": "#e0a458",
     "fastlm.install": "#7fb3d5",
     "fastlm": "#1f6fb2",
+    "fastlm cuda": "#4f93c9",
+    "fastlm triton": "#a9cbe3",
+    "cuDNN": "#c9b458",
     "flash-attn": "#7a9e6f",
     "Liger": "#b07aa1",
 }
@@ -118,13 +121,6 @@ def describe(peaks: Peaks) -> str:
 # Tables
 
 
-def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale or unit == "µs":
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds:.0f} s"
-    raise AssertionError
-
-
 def table(operator: str, measured: list[Measurement], peaks: Peaks, memory: bool) -> Table:
     names = list(measured[0].contenders)
     kept = [n for n in names if n != COMPILED]
@@ -165,15 +161,6 @@ def cell(m: Measurement, name: str) -> Text:
     ratio = m.ratio(name)
     style = "" if math.isnan(ratio) else "green" if ratio >= 1 else "red"
     return Text.assemble(duration(timing.median), (f" ({ratio:.2f}x)", style))
-
-
-def problems(measured: list[Measurement]) -> list[str]:
-    return [
-        f"{m.shape}, {m.dtype}, {m.kind}: {name}: {timing.problem}"
-        for m in measured
-        for name, timing in m.contenders.items()
-        if timing.problem
-    ]
 
 
 # Files
