@@ -5,6 +5,7 @@ GPU nor a driver for that. `missing` says what is lacking to run them.
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -90,7 +91,16 @@ def devices() -> tuple[str, ...]:
     return ("cuda",)
 
 
+@functools.cache
+def _no_code(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if serves((major, minor)) else f"no kernel for sm_{major}{minor}, which this build is not for"
+
+
 def refuses(function: str, tensor: torch.Tensor) -> str | None:
+    # Not while a program is traced: what CUDA says of the GPU is no part of it.
+    if tensor.is_cuda and not torch.compiler.is_compiling() and (reason := _no_code(tensor.get_device())):
+        return reason
     if function in NO_FLOAT64 and tensor.dtype == torch.float64:
         return "no kernel for torch.float64: its products have no tensor cores to run on"
     if function in ("scaled_dot_product_attention", "varlen_attn") and tensor.size(-1) > LARGEST_HEAD:

@@ -1,6 +1,8 @@
 """The CUDA kernels as a backend: on a GPU by the tables of cases, and everywhere what is said of their absence.
 tests/simt runs their source on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import OPERATORS
@@ -197,6 +199,15 @@ def test_families_that_are_not_there_are_not_asked(built):
     assert families() == {("cuda",)}
     built.setattr(cuda, "_library", None)
     assert families() == {()}
+
+
+def test_a_gpu_that_it_is_not_for(built):
+    """Beside one that it is for: its tensors go to another family."""
+    built.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 0))[i])
+    built.setattr(cuda, "_no_code", cuda._no_code.__wrapped__)
+    x = [SimpleNamespace(is_cuda=True, get_device=lambda i=i: i, dtype=torch.float32) for i in range(2)]
+    assert cuda.missing() is None and cuda.refuses("gru", x[0]) is None
+    assert "no kernel for sm_70" in cuda.refuses("gru", x[1])
 
 
 @pytest.mark.parametrize(
