@@ -148,21 +148,21 @@ def choose_backend(
     it then, unless another backend is forced.
     """
     if _forced is None:
-        if unsupported is None:
-            for name, asked in _native.get(tensor.device.type, {}).get(OPERATORS[function][backward], ()):
-                if asked(tensor) and _refusal(name, function, tensor) is None:
+        if unsupported is None and tensor.dtype in KERNEL_DTYPES:
+            operators = _native.get(tensor.device.type)
+            for name, asked in operators[OPERATORS[function][backward]] if operators else ():
+                if asked(tensor) and FAMILIES[name].refuses(function, tensor) is None:
                     return name
         return "eager"
     if _forced != "eager":
-        reason = unsupported or _refusal(_forced, function, tensor)
+        reason = unsupported or _refusal(FAMILIES[_forced], function, tensor)
         if reason is not None:
             raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
     return _forced
 
 
-def _refusal(name: str, function: str, tensor: torch.Tensor) -> str | None:
-    family, device = FAMILIES[name], tensor.device.type
-    if device != "meta" and device not in family.devices():
+def _refusal(family, function: str, tensor: torch.Tensor) -> str | None:
+    if tensor.device.type not in (*family.devices(), "meta"):
         return f"no kernel for device {tensor.device}"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"no kernel for {tensor.dtype}"
