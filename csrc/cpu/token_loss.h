@@ -7,13 +7,14 @@ namespace fastlm {
 
 struct Strides { int64_t n, c, s; };  // in elements, of [N][C][S]
 
-// What a token's loss and gradient depend on; T below is the compute type of the kernel.
-struct TokenLoss {
+// What a token's loss and gradient depend on; T below is the compute type of the kernel. Scalar: a double,
+// or on a GPU, which computes it, a pointer to one T.
+template <class Scalar> struct TokenLossOf {
   const int64_t* target;   // [N][S] class indices, or null: probabilities
   const void* probs;       // [N][C][S] of the storage type, or null
   Strides probs_at;
   const void* weight;      // [C] of T, or null
-  double weight_sum;       // sum of weight, C without
+  Scalar weight_sum;       // sum of weight, C without; on a GPU only where smoothing needs it
   double label_smoothing, z_loss, softcap;
   int64_t ignore_index;
   void* loss;              // [N][S] of T, out; null in the backward
@@ -22,8 +23,10 @@ struct TokenLoss {
   bool lse_everywhere;     // ignored tokens too
   const void* dloss;       // [N][S] of T, or null: 1
   const void* dlse;        // [N][S] of T, or null: 0
-  double scale;            // of dloss: 1 / denominator for a mean, times the scalar upstream
+  Scalar scale;            // of dloss: 1 / denominator for a mean, times the scalar upstream; null: 1
 };
+
+using TokenLoss = TokenLossOf<double>;
 
 }  // namespace fastlm
 

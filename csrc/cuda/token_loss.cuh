@@ -14,22 +14,7 @@
 
 namespace fastlm::cuda {
 
-struct TokenLoss {
-  const int64_t* target;     // [N][S] class indices, or null: probabilities
-  const void* probs;         // [N][C][S] of the storage type, or null
-  Strides probs_at;
-  const void* weight;        // [C] of T, or null
-  const void* weight_sum;    // of T, set where smoothing needs it
-  double label_smoothing, z_loss, softcap;
-  int64_t ignore_index;
-  void* loss;                // [N][S] of T, out; null in the backward
-  void* lse;                 // [N][S] of T, out in the forward, in in the backward
-  void* low;                 // [N][S] of T, as lse: what rounding to T took from lse
-  bool lse_everywhere;       // ignored tokens too
-  const void* dloss;         // [N][S] of T, or null: 1
-  const void* dlse;          // [N][S] of T, or null: 0
-  const void* scale;         // of dloss, one T: the scalar upstream over what a mean divides by; null: 1
-};
+using TokenLoss = TokenLossOf<const void*>;
 
 FASTLM_DEVICE float exp_of(float x) { return exp2_fast(x * kLog2e); }
 FASTLM_DEVICE double exp_of(double x) { return exp(x); }
