@@ -9,13 +9,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../attention_arguments.h"
 #include "dispatch.h"
 
 namespace fastlm {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kSerialWork = 1 << 18;  // multiply-adds that one thread does before others wake up
 
@@ -29,15 +27,6 @@ Tensor empty_as(const Tensor& like, int64_t D) {
     return torch::stable::transpose(new_tensor({B, T, H, D}, like.scalar_type()), 1, 2);
   return new_tensor({B, H, T, D}, like.scalar_type());
 }
-
-// Options of the dense operators, in the order of their schemas.
-struct Options {
-  const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &seed;
-  double dropout_p;
-  bool is_causal;
-  int64_t window_left, window_right;
-  double scale, softcap;
-};
 
 // Parameters, and what they point to.
 struct Call {
@@ -67,8 +56,6 @@ void set_band(AttentionSequence& s, bool is_causal, int64_t left, int64_t right)
 void set_tensors(Call& c, const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   AttentionParams& p = c.p;
   c.dtype = dtype_of(q, op, "query");
-  check_dtype(k, q.scalar_type(), op, "key");
-  check_dtype(v, q.scalar_type(), op, "value");
   p.q = c.hold(q);
   p.k = c.hold(k);
   p.v = c.hold(v);
@@ -76,12 +63,10 @@ void set_tensors(Call& c, const char* op, const Tensor& q, const Tensor& k, cons
 }
 
 // The dense case: (B, H, T, D).
-Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const DenseOptions& o) {
   Call c;
   AttentionParams& p = c.p;
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "fastlm::", op,
-                  ": query, key and value must be (B, H, T, D), got ", shape_string(q), ", ",
-                  shape_string(k), " and ", shape_string(v));
+  check_dense(q, k, v, op);
   set_tensors(c, op, q, k, v);
   const int64_t Tq = q.size(2), Tk = k.size(2);
   p.B = q.size(0);
@@ -89,10 +74,6 @@ Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   p.Hkv = k.size(1);
   p.D = q.size(3);
   p.Dv = v.size(3);
-  check_shape(k, {p.B, p.Hkv, Tk, p.D}, op, "key");
-  check_shape(v, {p.B, p.Hkv, Tk, p.Dv}, op, "value");
-  STD_TORCH_CHECK(p.Hkv == p.Hq || (p.Hkv > 0 && p.Hq % p.Hkv == 0), "fastlm::", op, ": ", p.Hq,
-                  " query heads cannot share ", p.Hkv, " key heads");
   p.qs = {q.stride(1), q.stride(2)};
   p.ks = {k.stride(1), k.stride(2)};
   p.vs = {v.stride(1), v.stride(2)};
@@ -100,24 +81,9 @@ Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   p.scale = o.scale;
   p.softcap = o.softcap;
   if (o.attn_mask) {
-    const Tensor& m = *o.attn_mask;
-    const int64_t full[4] = {p.B, p.Hq, Tq, Tk};
-    int64_t* const strides[4] = {&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
+    set_mask(p, *o.attn_mask, q.scalar_type(), {p.B, p.Hq, Tq, Tk}, op);
     int64_t* const sizes[4] = {&p.bias_b, &p.bias_h, &p.bias_q, &p.bias_k};
-    STD_TORCH_CHECK(m.dim() == 4, "fastlm::", op, ": attn_mask must have 4 dimensions");
-    for (int d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(m.size(d) == full[d] || m.size(d) == 1, "fastlm::", op, ": attn_mask has shape ",
-                      shape_string(m), ", which does not broadcast to the scores");
-      *strides[d] = m.size(d) == 1 ? 0 : m.stride(d);
-      *sizes[d] = m.size(d);
-    }
-    if (m.scalar_type() == ScalarType::Bool) p.mask_kind = kBoolMask;
-    else if (m.scalar_type() == q.scalar_type()) p.mask_kind = kSameMask;
-    else {
-      check_dtype(m, ScalarType::Float, op, "attn_mask");
-      p.mask_kind = kFloatMask;
-    }
-    p.mask = c.hold(m);
+    for (int d = 0; d < 4; ++d) *sizes[d] = o.attn_mask->size(d);
   }
   const ScalarType wide = compute_type(q.scalar_type());
   if (o.alibi_slopes) {
@@ -130,16 +96,7 @@ Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
     check_dtype(*o.sinks, wide, op, "sinks");
     p.sinks = c.hold(fastlm::contiguous(*o.sinks));
   }
-  STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, "fastlm::", op, ": dropout_p is ", o.dropout_p,
-                  ", expected a probability");
-  if (o.dropout_p > 0) {
-    STD_TORCH_CHECK(o.seed && o.seed->numel() == 1, "fastlm::", op, ": dropout needs a seed");
-    check_dtype(*o.seed, ScalarType::Long, op, "seed");
-    p.dropout = true;
-    p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
-    p.drop_below = uint32_t(std::min(o.dropout_p * 4294967296.0, 4294967295.0));
-    p.keep_scale = o.dropout_p < 1 ? 1 / (1 - o.dropout_p) : 0;
-  }
+  set_dropout(p, o, op);
   c.sequences.resize(size_t(p.B));
   for (int64_t b = 0; b < p.B; ++b) {
     AttentionSequence& s = c.sequences[size_t(b)];
@@ -156,14 +113,6 @@ Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   return c;
 }
 
-// Packed sequences: (T, H, D), or pages of keys and values.
-struct Packed {
-  const Tensor& cu_seq_q;
-  const OptionalTensor &cu_seq_k, &seqused_k, &block_table;
-  int64_t max_q, max_k, window_left, window_right;
-  double scale;
-};
-
 const int32_t* int32_values(const Tensor& t, int64_t n, const char* op, const char* name) {
   check_dtype(t, ScalarType::Int, op, name);
   check_shape(t, {n}, op, name);
@@ -179,30 +128,18 @@ void check_offsets(const int32_t* at, int64_t n, int64_t total, const char* op, 
                     at[i + 1], " at position ", i + 1);
 }
 
-Call packed_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Packed& o) {
+Call packed_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const PackedOptions& o) {
   Call c;
   AttentionParams& p = c.p;
   const bool paged = o.block_table.has_value();
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == (paged ? 4 : 3) && v.dim() == k.dim(), "fastlm::", op,
-                  ": query must be (T, H, D), key and value (T, H, D) or pages (P, S, H, D), got ",
-                  shape_string(q), ", ", shape_string(k), " and ", shape_string(v));
+  check_packed(q, k, v, o, op);
   set_tensors(c, op, q, k, v);
   const int64_t kd = k.dim(), N = o.cu_seq_q.numel() - 1, total_q = q.size(0);
-  STD_TORCH_CHECK(N >= 0, "fastlm::", op, ": cu_seq_q is empty");
   p.B = N;
   p.Hq = q.size(1);
   p.Hkv = k.size(-2);
   p.D = q.size(2);
   p.Dv = v.size(-1);
-  if (paged) {
-    check_shape(k, {k.size(0), k.size(1), p.Hkv, p.D}, op, "key");
-    check_shape(v, {k.size(0), k.size(1), p.Hkv, p.Dv}, op, "value");
-  } else {
-    check_shape(k, {k.size(0), p.Hkv, p.D}, op, "key");
-    check_shape(v, {k.size(0), p.Hkv, p.Dv}, op, "value");
-  }
-  STD_TORCH_CHECK(p.Hkv == p.Hq || (p.Hkv > 0 && p.Hq % p.Hkv == 0), "fastlm::", op, ": ", p.Hq,
-                  " query heads cannot share ", p.Hkv, " key heads");
   p.qs = {q.stride(1), q.stride(0)};
   p.ks = {k.stride(kd - 2), k.stride(kd - 3)};
   p.vs = {v.stride(kd - 2), v.stride(kd - 3)};
@@ -219,18 +156,12 @@ Call packed_call(const char* op, const Tensor& q, const Tensor& k, const Tensor&
   if (o.seqused_k) used = int32_values(*o.seqused_k, N, op, "seqused_k");
   if (paged) {
     const Tensor t = fastlm::contiguous(*o.block_table);
-    STD_TORCH_CHECK(used, "fastlm::", op, ": block_table needs seqused_k");
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == N, "fastlm::", op, ": block_table has shape ",
-                    shape_string(t), ", expected (", N, ", pages)");
-    check_dtype(t, ScalarType::Int, op, "block_table");
     table = static_cast<const int32_t*>(c.hold(t));
     pages = t.size(1);
     p.page_size = k.size(1);
     p.k_page = k.stride(0);
     p.v_page = v.stride(0);
     capacity = pages * p.page_size;
-  } else {
-    STD_TORCH_CHECK(k_at, "fastlm::", op, ": cu_seq_k is needed without block_table");
   }
   c.sequences.resize(size_t(N));
   for (int64_t n = 0; n < N; ++n) {
@@ -380,24 +311,15 @@ void divide_backward(Call& c, const Gradients& g) {
   p.accumulators = c.hold_mutable(new_tensor({at}, compute_type(g.dq.scalar_type())));
 }
 
-// What the operator returned and the gradients of it, checked.
+// What the operator returned and the gradients of it.
 void set_outputs(Call& c, const char* op, const Tensor& q, const Tensor& dout, const OptionalTensor& dlse,
                  const Tensor& out, const Tensor& lse) {
   AttentionParams& p = c.p;
-  const ScalarType wide = compute_type(q.scalar_type());
-  check_dtype(dout, q.scalar_type(), op, "dout");
-  check_dtype(out, q.scalar_type(), op, "out");
-  check_dtype(lse, wide, op, "lse");
-  STD_TORCH_CHECK(lse.numel() == out.numel() / std::max<int64_t>(p.Dv, 1) || p.Dv == 0, "fastlm::", op,
-                  ": lse has shape ", shape_string(lse), " for out ", shape_string(out));
+  check_outputs(q, p.Dv, dout, dlse, out, lse, op);
   p.out = const_cast<void*>(c.hold(out));
   p.lse = const_cast<void*>(c.hold(fastlm::contiguous(lse)));
   p.dout = c.hold(dout);
-  if (dlse) {
-    check_dtype(*dlse, wide, op, "dlse");
-    STD_TORCH_CHECK(dlse->numel() == lse.numel(), "fastlm::", op, ": dlse has shape ", shape_string(*dlse));
-    p.dlse = c.hold(fastlm::contiguous(*dlse));
-  }
+  if (dlse) p.dlse = c.hold(fastlm::contiguous(*dlse));
 }
 
 void set_gradients(Call& c, const Gradients& g) {
@@ -422,9 +344,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                        scale, softcap});
   AttentionParams& p = c.p;
   const int64_t Tq = q.size(2), Tk = k.size(2);
-  check_shape(dout, {p.B, p.Hq, Tq, p.Dv}, op, "dout");
-  check_shape(out, {p.B, p.Hq, Tq, p.Dv}, op, "out");
-  check_shape(lse, {p.B, p.Hq, Tq}, op, "lse");
   set_outputs(c, op, q, dout, dlse, out, lse);
   const Gradients g{empty_as(query, p.D), empty_as(key, p.D), empty_as(value, p.Dv)};
   p.os = {out.stride(1), out.stride(2)};
@@ -477,9 +396,6 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
                        {cu_seq_q, cu_seq_k, std::nullopt, std::nullopt, max_q, max_k, window_left,
                         window_right, scale});
   AttentionParams& p = c.p;
-  check_shape(dout, {q.size(0), p.Hq, p.Dv}, op, "dout");
-  check_shape(out, {q.size(0), p.Hq, p.Dv}, op, "out");
-  check_shape(lse, {p.Hq, q.size(0)}, op, "lse");
   set_outputs(c, op, q, dout, dlse, out, lse);
   Gradients g{new_tensor({q.size(0), p.Hq, p.D}, q.scalar_type()),
               new_tensor({k.size(0), p.Hkv, p.D}, q.scalar_type()),

@@ -12,13 +12,12 @@
 // Letters: B batch, H heads, T length, D size of a head of Q and K, Dv of V; b a sequence, i a query, j a
 // key, r a row; Tq and Tk in a Sequence are its own lengths.
 #pragma once
+#include "../cpu/attention.h"
 #include "product.cuh"
 
 namespace fastlm::cuda {
 
 struct HeadStrides { int64_t b, h, t; };  // b is 0 where packed; of pages, b is the stride of a page
-
-enum MaskKind : int { kNoMask, kBoolMask, kSameMask, kFloatMask };  // of the dtype of Q; of float32
 
 struct AttentionParams {
   int B, Hq, Hkv, group, Tq, Tk;  // the lengths: of every sequence, or the most of any

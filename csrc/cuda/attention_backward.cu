@@ -31,22 +31,15 @@ void set_params(AttentionCall& c, BackwardCall& call, const Gradients& g, const 
                 const Tensor& dout, const OptionalTensor& dlse) {
   AttentionBackwardParams& p = call.p;
   const Layout layout = c.packed ? kPacked : kDense;
-  for (const Tensor* t : {&out, &dout}) {
-    const char* const name = t == &out ? "out" : "dout";
-    check_dtype(*t, c.dtype, c.op, name);
-    check_same_device(*t, query, c.op, name);
-  }
-  check_dtype(lse, ScalarType::Float, c.op, "lse");
+  check_same_device(out, query, c.op, "out");
+  check_same_device(dout, query, c.op, "dout");
   check_same_device(lse, query, c.op, "lse");
   const Tensor dout_rows = whole_rows(dout);
   c.set_out(whole_rows(out), fastlm::contiguous(lse));
   p.a = c.p;
   p.dout = c.hold(dout_rows);
   p.dos = strides_of(dout_rows, layout);
-  if (dlse) {
-    STD_TORCH_CHECK(dlse->numel() == lse.numel(), "fastlm::", c.op, ": dlse has shape ", shape_string(*dlse));
-    p.dlse = float_values(c, *dlse, query, "dlse");
-  }
+  if (dlse) p.dlse = float_values(c, *dlse, query, "dlse");
   p.dq = c.hold_mutable(g.dq_rows);
   p.dk = c.hold_mutable(g.dk_rows);
   p.dv = c.hold_mutable(g.dv_rows);
@@ -79,9 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_de
   AttentionCall c = dense_call(op, query, key, value,
                                {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left,
                                 window_right, scale, softcap});
-  check_shape(dout, {c.p.B, c.p.Hq, c.p.Tq, c.Dv}, op, "dout");
-  check_shape(out, {c.p.B, c.p.Hq, c.p.Tq, c.Dv}, op, "out");
-  check_shape(lse, {c.p.B, c.p.Hq, c.p.Tq}, op, "lse");
+  check_outputs(query, c.Dv, dout, dlse, out, lse, op);
   STD_TORCH_CHECK(!needs_mask || attn_mask, "fastlm::", op, ": needs_mask without attn_mask");
   STD_TORCH_CHECK(!needs_slopes || alibi_slopes, "fastlm::", op, ": needs_slopes without alibi_slopes");
   Gradients g(empty_as(query, c.D), empty_as(key, c.D), empty_as(value, c.Dv));
@@ -122,9 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_packed(
   AttentionCall c = packed_call(op, query, key, value,
                                 {cu_seq_q, cu_seq_k, std::nullopt, std::nullopt, max_q, max_k, window_left,
                                  window_right, scale});
-  check_shape(dout, {query.size(0), c.p.Hq, c.Dv}, op, "dout");
-  check_shape(out, {query.size(0), c.p.Hq, c.Dv}, op, "out");
-  check_shape(lse, {c.p.Hq, query.size(0)}, op, "lse");
+  check_outputs(query, c.Dv, dout, dlse, out, lse, op);
   const auto like = [](const Tensor& t) { return new_like(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type()); };
   Gradients g(like(query), like(key), like(value));
   g.zero();  // rows and keys of no sequence

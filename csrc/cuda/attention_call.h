@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../attention_arguments.h"
 #include "attention.cuh"
 #include "launch.h"
 #include "tensors.h"
@@ -81,12 +82,8 @@ inline void set_tensors(AttentionCall& c, const Tensor& q, const Tensor& k, cons
   c.dtype = q.scalar_type();
   STD_TORCH_CHECK(c.dtype == ScalarType::Float || c.dtype == ScalarType::BFloat16 || c.dtype == ScalarType::Half,
                   "fastlm::", c.op, ": query must be float32, bfloat16 or float16");
-  check_dtype(k, c.dtype, c.op, "key");
-  check_dtype(v, c.dtype, c.op, "value");
   check_same_device(k, q, c.op, "key");
   check_same_device(v, q, c.op, "value");
-  STD_TORCH_CHECK(Hkv == Hq || (Hkv > 0 && Hq % Hkv == 0), "fastlm::", c.op, ": ", Hq,
-                  " query heads cannot share ", Hkv, " key heads");
   c.D = q.size(-1);
   c.Dv = v.size(-1);
   STD_TORCH_CHECK(c.D <= 256 && c.Dv <= 256, "fastlm::", c.op, ": head sizes ", c.D, " and ", c.Dv,
@@ -111,37 +108,6 @@ inline void set_window(AttentionParams& p, bool is_causal, int64_t left, int64_t
   p.right = int(std::clamp<int64_t>(right, -1, kUnbounded));
 }
 
-// Options of the dense operators, in the order of their schemas.
-struct DenseOptions {
-  const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &seed;
-  double dropout_p;
-  bool is_causal;
-  int64_t window_left, window_right;
-  double scale, softcap;
-};
-
-inline void set_mask(AttentionCall& c, const Tensor& m, const Tensor& q) {
-  AttentionParams& p = c.p;
-  const int64_t full[4] = {p.B, p.Hq, p.Tq, p.Tk};
-  int64_t* const strides[4] = {&p.mask_b, &p.mask_h, &p.mask_q, &p.mask_k};
-  STD_TORCH_CHECK(m.dim() == 4, "fastlm::", c.op, ": attn_mask must have 4 dimensions");
-  check_same_device(m, q, c.op, "attn_mask");
-  for (int d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(m.size(d) == full[d] || m.size(d) == 1, "fastlm::", c.op, ": attn_mask has shape ",
-                    shape_string(m), ", which does not broadcast to the scores");
-    *strides[d] = m.size(d) == 1 ? 0 : m.stride(d);
-  }
-  if (m.scalar_type() == ScalarType::Bool) {
-    p.mask_kind = kBoolMask;
-  } else if (m.scalar_type() == c.dtype) {
-    p.mask_kind = kSameMask;
-  } else {
-    check_dtype(m, ScalarType::Float, c.op, "attn_mask");
-    p.mask_kind = kFloatMask;
-  }
-  p.mask = c.hold(m);
-}
-
 inline const float* float_values(AttentionCall& c, const Tensor& t, const Tensor& q, const char* name) {
   check_dtype(t, ScalarType::Float, c.op, name);
   check_same_device(t, q, c.op, name);
@@ -153,51 +119,30 @@ inline AttentionCall dense_call(const char* op, const Tensor& q, const Tensor& k
   AttentionCall c;
   c.op = op;
   AttentionParams& p = c.p;
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "fastlm::", op,
-                  ": query, key and value must be (B, H, T, D), got ", shape_string(q), ", ", shape_string(k),
-                  " and ", shape_string(v));
-  const int64_t B = q.size(0), Tk = k.size(2);
-  check_shape(k, {B, k.size(1), Tk, q.size(3)}, op, "key");
-  check_shape(v, {B, k.size(1), Tk, v.size(3)}, op, "value");
+  check_dense(q, k, v, op);
   set_tensors(c, q, k, v, kDense);
-  p.B = small(B, op, "batch entries");
+  p.B = small(q.size(0), op, "batch entries");
   p.Tq = small(q.size(2), op, "queries");
-  p.Tk = small(Tk, op, "keys");
+  p.Tk = small(k.size(2), op, "keys");
   small(int64_t(p.Tq) * p.group, op, "queries of a key head");
   set_window(p, o.is_causal, o.window_left, o.window_right);
   p.scale = float(o.scale);
   p.softcap = float(o.softcap);
-  if (o.attn_mask) set_mask(c, *o.attn_mask, q);
+  if (o.attn_mask) {
+    check_same_device(*o.attn_mask, q, op, "attn_mask");
+    set_mask(p, *o.attn_mask, c.dtype, {p.B, p.Hq, p.Tq, p.Tk}, op);
+  }
   if (o.alibi_slopes) {
-    check_shape(*o.alibi_slopes, {B, p.Hq}, op, "alibi_slopes");
+    check_shape(*o.alibi_slopes, {p.B, p.Hq}, op, "alibi_slopes");
     p.slopes = float_values(c, *o.alibi_slopes, q, "alibi_slopes");
   }
   if (o.sinks) {
     check_shape(*o.sinks, {p.Hq}, op, "sinks");
     p.sinks = float_values(c, *o.sinks, q, "sinks");
   }
-  STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p <= 1, "fastlm::", op, ": dropout_p is ", o.dropout_p,
-                  ", expected a probability");
-  p.keep_scale = 1;
-  if (o.dropout_p > 0) {
-    STD_TORCH_CHECK(o.seed && o.seed->numel() == 1 && o.seed->is_cpu(), "fastlm::", op,
-                    ": dropout needs a seed on the CPU");
-    check_dtype(*o.seed, ScalarType::Long, op, "seed");
-    p.dropout = true;
-    p.seed = uint64_t(*static_cast<const int64_t*>(o.seed->const_data_ptr()));
-    p.drop_below = uint32_t(std::min(o.dropout_p * 4294967296.0, 4294967295.0));
-    p.keep_scale = o.dropout_p < 1 ? float(1 / (1 - o.dropout_p)) : 0;
-  }
+  set_dropout(p, o, op);
   return c;
 }
-
-// Packed sequences: (T, H, D), or pages of keys and values.
-struct PackedOptions {
-  const Tensor& cu_seq_q;
-  const OptionalTensor &cu_seq_k, &seqused_k, &block_table;
-  int64_t max_q, max_k, window_left, window_right;
-  double scale;
-};
 
 inline const int32_t* int32_values(AttentionCall& c, const Tensor& t, int64_t n, const Tensor& q, const char* name) {
   check_dtype(t, ScalarType::Int, c.op, name);
@@ -213,18 +158,8 @@ inline AttentionCall packed_call(const char* op, const Tensor& q, const Tensor& 
   c.packed = true;
   AttentionParams& p = c.p;
   const bool paged = o.block_table.has_value();
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == (paged ? 4 : 3) && v.dim() == k.dim(), "fastlm::", op,
-                  ": query must be (T, H, D), key and value (T, H, D) or pages (P, S, H, D), got ", shape_string(q),
-                  ", ", shape_string(k), " and ", shape_string(v));
-  const int64_t N = o.cu_seq_q.numel() - 1, Hkv = k.size(-2), D = q.size(2), Dv = v.size(-1);
-  STD_TORCH_CHECK(N >= 0, "fastlm::", op, ": cu_seq_q is empty");
-  if (paged) {
-    check_shape(k, {k.size(0), k.size(1), Hkv, D}, op, "key");
-    check_shape(v, {k.size(0), k.size(1), Hkv, Dv}, op, "value");
-  } else {
-    check_shape(k, {k.size(0), Hkv, D}, op, "key");
-    check_shape(v, {k.size(0), Hkv, Dv}, op, "value");
-  }
+  const int64_t N = o.cu_seq_q.numel() - 1;
+  check_packed(q, k, v, o, op);
   set_tensors(c, q, k, v, paged ? kPaged : kPacked);
   p.B = small(N, op, "sequences");
   p.cu_q = int32_values(c, o.cu_seq_q, N + 1, q, "cu_seq_q");
@@ -233,17 +168,11 @@ inline AttentionCall packed_call(const char* op, const Tensor& q, const Tensor& 
   int64_t room = k.size(0);
   if (paged) {
     const Tensor table = fastlm::contiguous(*o.block_table);
-    STD_TORCH_CHECK(p.used, "fastlm::", op, ": block_table needs seqused_k");
-    STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == N, "fastlm::", op, ": block_table has shape ",
-                    shape_string(table), ", expected (", N, ", pages)");
-    check_dtype(table, ScalarType::Int, op, "block_table");
     check_same_device(table, q, op, "block_table");
     p.table = static_cast<const int32_t*>(c.hold(table));
     p.table_b = small(table.size(1), op, "pages of a sequence");
     p.page_size = small(k.size(1), op, "keys of a page");
     room = table.size(1) * k.size(1);
-  } else {
-    STD_TORCH_CHECK(p.cu_k, "fastlm::", op, ": cu_seq_k is needed without block_table");
   }
   p.Tq = small(std::min(o.max_q, q.size(0)), op, "queries");
   p.Tk = small(p.used ? room : std::min(o.max_k, room), op, "keys");
