@@ -673,6 +673,7 @@ register(
             _cross_entropy_case("no-tokens", 0, 5, reduction="sum"),
             _cross_entropy_case("weight", 6, 19, weight=True),
             _cross_entropy_case("smooth", 6, 19, label_smoothing=0.1),
+            _cross_entropy_case("smooth-C70", 3, 70, label_smoothing=0.1),  # beyond 128 bytes in any type
             _cross_entropy_case(
                 "smooth-1-weight-sum", 6, 19, label_smoothing=1.0, weight=True, reduction="sum"
             ),

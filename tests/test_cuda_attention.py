@@ -71,6 +71,8 @@ BACKWARD = (
         "options-128", 1, (2, 1), (35, 70), 128, mask=(1, 70), mask_dtype="same", sinks=True, is_causal=True
     ),
     attention("options-256", 1, 1, (19, 37), 256, mask=(19, 1), mask_dtype="float32", slopes=(1,)),
+    # Rows of 20 columns, the rows of a block of keys shared out in parts.
+    attention("parts-20", 1, (8, 1), (33, 40), (20, 17)),
     attention("mask-of-one", 2, 2, (70, 66), mask=(1, 1), mask_dtype="same", return_lse=True),
 )
 # Multiprocessors, and shared memory that a block may use. With one, the rows of a block of keys are not shared.
