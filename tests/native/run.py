@@ -1,9 +1,10 @@
 """The vectors and matrix products of every instruction set of this machine, checked natively; then
 these and every operator, forward and backward, under the address and undefined-behaviour sanitizers
-and under the thread sanitizer.
+and under the thread sanitizer; and so the CUDA kernels, which tests/simt runs on the CPU.
 
-The sanitized library is a build of its own; walk.py calls every case of tests/cases.py on it.
-`python tests/native/run.py [plain|address|thread...]` runs some of this.
+Sanitized libraries are builds of their own. walk.py calls every case of tests/cases.py on the CPU's,
+cuda_walk.py every kernel of the other.
+`python tests/native/run.py [plain|address|thread|cuda-address|cuda-thread...]` runs some of this.
 """
 
 import os
@@ -17,6 +18,9 @@ import ninja
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.simt.build import build, library  # noqa: E402
+
 BUILD = ROOT / "build" / "native"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = (
@@ -89,8 +93,19 @@ def check_operators(kind):
         "FASTLM_ISAS": widest(),
         "FASTLM_BUILD": str(folder),
     }
-    build = ["setup.py", "--quiet", "build_ext", f"--build-lib={folder}"]
-    subprocess.run([sys.executable, *build], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    setup = ["setup.py", "--quiet", "build_ext", f"--build-lib={folder}"]
+    subprocess.run([sys.executable, *setup], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    built = folder / "fastlm" / "libfastlm.so"
+    walk("walk.py", kind, {"FASTLM_LIBRARY": str(built), "FASTLM_ISA": widest()})
+
+
+def check_cuda_kernels(kind):
+    """cuda_walk.py on a sanitized build of the CUDA kernels for the CPU."""
+    print(f"CUDA kernels on the CPU, {kind} sanitizer: ", end="", flush=True)
+    walk("cuda_walk.py", kind, {"FASTLM_SIMT_LIBRARY": str(build(kind, library()))})
+
+
+def walk(program, kind, libraries):
     names = ("libasan.so", "libubsan.so") if kind == "address" else ("libtsan.so",)
     preload = [
         subprocess.run([COMPILER, f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
@@ -98,26 +113,28 @@ def check_operators(kind):
     ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(preload),
-        "FASTLM_LIBRARY": str(folder / "fastlm" / "libfastlm.so"),
-        "FASTLM_ISA": widest(),
+        **libraries,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, by the thousand
         "TSAN_OPTIONS": f"halt_on_error=1 suppressions={HERE / 'thread.supp'}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",  # torch's own work; walk.py gives the kernels more
     }
-    subprocess.run([*FIXED, sys.executable, HERE / "walk.py"], env=environment, check=True)
+    subprocess.run([*FIXED, sys.executable, HERE / program], env=environment, check=True)
 
 
 def main():
-    kinds = sys.argv[1:] or ["plain", *SANITIZERS]
-    unknown = set(kinds) - {"plain", *SANITIZERS}
-    if unknown:
-        raise SystemExit(f"unknown {sorted(unknown)}; there are plain, {', '.join(SANITIZERS)}")
+    every = ["plain", *SANITIZERS, *(f"cuda-{kind}" for kind in SANITIZERS)]
+    # Lanes as threads take minutes: that one is run where it is asked for.
+    kinds = sys.argv[1:] or [kind for kind in every if kind != "cuda-thread"]
+    if unknown := set(kinds) - set(every):
+        raise SystemExit(f"unknown {sorted(unknown)}; there are {', '.join(every)}")
     try:
         check_vectors(kinds)
         for kind in kinds:
             if kind in SANITIZERS:
                 check_operators(kind)
+            elif kind != "plain":
+                check_cuda_kernels(kind.removeprefix("cuda-"))
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"failed: {shlex.join(map(str, error.cmd))}") from None
 

@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL:
     loaded.simt_seed.argtypes = (ctypes.c_uint64,)
     loaded.simt_count.argtypes = (ctypes.c_bool,)
     loaded.simt_gpu.argtypes = loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_bool)
-    loaded.simt_listed.restype = ctypes.c_char_p
+    loaded.simt_listed.restype = loaded.simt_ran.restype = ctypes.c_char_p
     ops.add_operators("cuda-host")
     return loaded
 
@@ -102,6 +102,11 @@ def listing(multiprocessors: int, shared_bytes: int, tf32: bool = False) -> Iter
         for line in _library().simt_listed().decode().splitlines():
             kernel, threads, shared = line.split("\t")
             launches.add(Launch(kernel, int(threads), int(shared)))
+
+
+def ran() -> set[str]:
+    """The kernels that have run in this process, mangled."""
+    return set(_library().simt_ran().decode().splitlines())
 
 
 # ---- as a backend, see fastlm.ops ----

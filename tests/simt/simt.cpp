@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "count.h"
@@ -82,13 +83,17 @@ std::string name_of(const void* entry) {
 }
 
 std::string listed;
+std::set<const void*> ran;  // kernels, since the start
+
+std::string mangled_name_of(const void* entry) {
+  Dl_info info{};
+  dladdr(entry, &info);
+  return info.dli_sname ? info.dli_sname : "?";
+}
 
 // A line: the kernel's mangled name, threads of a block, bytes of shared memory.
 void list(const void* entry, uint64_t threads, size_t shared) {
-  Dl_info info{};
-  dladdr(entry, &info);
-  const std::string name = info.dli_sname ? info.dli_sname : "?";
-  listed += name + '\t' + std::to_string(threads) + '\t' + std::to_string(shared) + '\n';
+  listed += mangled_name_of(entry) + '\t' + std::to_string(threads) + '\t' + std::to_string(shared) + '\n';
 }
 
 // Where the threads of the blocks that exist stand, when none of them can go on.
@@ -312,6 +317,7 @@ void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry,
   require(grid.x < 1u << 31 && grid.y <= 65535 && grid.z <= 65535, "the grid is too large");
   if (!volume(grid)) return;
   if (gpu.listing) return list(entry, volume(block), shared);
+  ran.insert(entry);
 
   struct Scope {
     explicit Scope(Launch& launch) {
@@ -345,4 +351,12 @@ SIMT_API void simt_list(int multiprocessors, size_t shared_bytes, bool tf32) {
 SIMT_API const char* simt_listed() {
   simt::gpu = {};
   return simt::listed.c_str();
+}
+
+// The mangled name of each kernel that has run, a line each.
+SIMT_API const char* simt_ran() {
+  static std::string names;
+  names.clear();
+  for (const void* entry : simt::ran) names += simt::mangled_name_of(entry) + '\n';
+  return names.c_str();
 }
