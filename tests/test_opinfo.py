@@ -20,13 +20,13 @@ OPS = {
     f"{op.name.removeprefix('nn.functional.')} {op.variant_test_name}".strip().replace(" ", "-"): op
     for op in op_db
     if op.name.removeprefix("nn.functional.")
-    in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy")
+    in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear")
 }
 MODULES = {
     info.module_cls.__name__: info
     for info in module_db
     if info.module_cls.__name__
-    in ("GRU", "GRUCell", "MultiheadAttention", "CrossEntropyLoss", "LinearCrossEntropyLoss")
+    in ("GRU", "GRUCell", "Linear", "MultiheadAttention", "CrossEntropyLoss", "LinearCrossEntropyLoss")
 }
 TRANSFORMERS = {
     info.module_cls.__name__: info for info in module_db if "Transformer" in info.module_cls.__name__
@@ -35,8 +35,8 @@ TRANSFORMERS = {
 
 def test_samples_were_found():
     """op_db and module_db are internal to torch: notice if a name moves."""
-    assert {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"} <= set(OPS)
-    assert len(MODULES) == 5 and len(TRANSFORMERS) >= 4
+    assert {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear"} <= set(OPS)
+    assert len(MODULES) == 6 and len(TRANSFORMERS) >= 4
 
 
 def name_of(dtype):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastlm import functional as fused
 from fastlm.models.base import LanguageModel, check_tokens
+from fastlm.nn import Linear
 
 
 @dataclass
@@ -133,8 +134,8 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        return fused.linear(x, self.weight.t(), self.bias, activation=activation)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -198,12 +199,11 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
         if self.gated:
-            gate, up = x.chunk(2, dim=-1)
+            gate, up = self.c_fc(x).chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = F.gelu(x, approximate="tanh")
+            x = self.c_fc(x, activation="gelu_tanh")
         return self.dropout(self.c_proj(x))
 
 
@@ -248,7 +248,7 @@ class GPT(LanguageModel):
             cos, sin = rope_tables(config)
             self.register_buffer("rope_cos", cos, persistent=False)  # (n_positions, D/2)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer["wte"].weight
         self.reset_parameters()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastlm import functional as fused
 from fastlm.models.base import LanguageModel, check_tokens
-from fastlm.nn import GRU
+from fastlm.nn import GRU, Linear
 
 
 @dataclass
@@ -76,7 +76,7 @@ class GRULM(LanguageModel):
             recurrent_dropout=config.recurrent_dropout,
             layer_norm=config.layer_norm,
         )
-        self.head = nn.Linear(config.n_hidden, config.vocab_size)
+        self.head = Linear(config.n_hidden, config.vocab_size)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
