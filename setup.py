@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-# Instruction sets by architecture, from plain to wide, with the compiler flags of each.
+# Instruction sets by architecture, from slow to fast, with the compiler flags of each.
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = (
     f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -33,15 +33,16 @@ AVX512 = (
 )
 ISAS = {
     "x86_64": {
+        "avx512_model": f"{AVX2} -DFASTLM_AVX512_MODEL",
+        "avx512_bf16_model": f"{AVX2} -DFASTLM_AVX512_MODEL -DFASTLM_AVX512_BF16_MODEL",
         "generic": "",
-        "wide": f"{AVX2} -DFASTLM_VECTOR_BYTES=64 -DFASTLM_BF16_DOT",  # tests: on request only
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512_bf16": f"{AVX512} -mavx512bf16",
     },
     "aarch64": {"neon": ""},
 }
-ON_REQUEST = {"wide"}
+ON_REQUEST = {"avx512_model", "avx512_bf16_model"}  # for tests on machines without AVX-512
 FAMILIES = ("attention", "cross_entropy", "gru", "linear_cross_entropy", "peak")
 
 # Compute capabilities without their dot; the last one chosen also as PTX, for GPUs to come.

@@ -10,7 +10,7 @@
 
 FASTLM_API const char* fastlm_isa() { return fastlm::kernels().isa; }
 
-// The i-th instruction set that was built, from plain to wide; null behind the last.
+// The i-th instruction set that was built, from slow to fast; null behind the last.
 FASTLM_API const char* fastlm_isa_name(int i) {
   int count;
   const fastlm::Kernels* table = fastlm::all_kernels(&count);

@@ -31,7 +31,7 @@ torch_version: str = _library.fastlm_torch_version().decode()
 
 
 def built_isas() -> list[str]:
-    """Instruction sets that are built in, from plain to wide."""
+    """Instruction sets that are built in, from slow to fast."""
     names = []
     while name := _library.fastlm_isa_name(len(names)):
         names.append(name.decode())

@@ -353,7 +353,7 @@ FASTLM_INLINE void multiply_words(Words a, uint32_t b, Words& high, Words& low) 
   const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, y), 32);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
   high = Words(_mm512_mask_blend_epi32(0xaaaa, even, odd));
-#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   const __m256i x = __m256i(a), y = _mm256_set1_epi32(int(b));
   const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);

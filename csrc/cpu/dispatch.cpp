@@ -34,7 +34,8 @@ namespace runs_here {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-[[maybe_unused]] bool wide() { return avx2(); }  // 64-byte vectors on AVX2, for tests
+[[maybe_unused]] bool avx512_model() { return avx2(); }  // avx512_model.h
+[[maybe_unused]] bool avx512_bf16_model() { return avx2(); }
 [[maybe_unused]] bool avx512() {
   return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -64,7 +65,7 @@ struct Registry {
     FASTLM_FOR_EACH_ISA(FASTLM_FILL)
     const char* wanted = std::getenv("FASTLM_ISA");  // fastlm/_C.py reports one that is not there
     for (int i = 0; i < count; ++i)
-      if (table[i].runs_here() && std::strcmp(table[i].isa, "wide")) current = &table[i];
+      if (table[i].runs_here()) current = &table[i];
     for (int i = 0; wanted && i < count; ++i)
       if (table[i].runs_here() && !std::strcmp(table[i].isa, wanted)) current = &table[i];
   }

@@ -20,7 +20,7 @@ struct Kernels {
 };
 
 const Kernels& kernels();                      // FASTLM_ISA, else the last that runs here
-const Kernels* all_kernels(int* count);        // every ISA that was built, from plain to wide
+const Kernels* all_kernels(int* count);        // every ISA that was built, from slow to fast
 void use_kernels(const Kernels& k);
 
 Pool torch_pool();

@@ -193,8 +193,8 @@ template <> struct Pack<uint32_t> {
     int64_t i = 0;
     if (stride == 1 && next)
       for (; i + kLanes<float> <= n; i += kLanes<float>) {
-        const Words even = __builtin_convertvector(load_raw<Half>(src + i), Words);
-        const Words odd = __builtin_convertvector(load_raw<Half>(src + i + next), Words);
+        const Words even = widen(load_raw<Half>(src + i));
+        const Words odd = widen(load_raw<Half>(src + i + next));
         const Words words = even | (odd << 16);
         __builtin_memcpy(dst + i, &words, sizeof words);
       }

@@ -11,7 +11,9 @@
 #pragma once
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#if defined(FASTLM_AVX512_MODEL)
+#include "avx512_model.h"
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -21,22 +23,20 @@
 
 namespace fastlm::FASTLM_ISA {
 
-#if defined(FASTLM_VECTOR_BYTES)  // a wider vector than the ISA has, for tests
-inline constexpr int kVectorBytes = FASTLM_VECTOR_BYTES;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif
-#if defined(__AVX512BF16__) || defined(FASTLM_BF16_DOT)
+#if defined(__AVX512BF16__)
 inline constexpr bool kHasBf16Dot = true;
 #else
 inline constexpr bool kHasBf16Dot = false;
 #endif
 // Vector registers: 32 with AVX-512 and NEON, 16 otherwise.
-#if defined(__AVX512F__) || defined(__aarch64__) || defined(FASTLM_VECTOR_BYTES)
+#if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kMR = 8;
 #else
 inline constexpr int kMR = 4;
@@ -118,32 +118,52 @@ FASTLM_INLINE void store_half(void* p, Half h, int64_t n) {
 #endif
 }
 
-FASTLM_INLINE Vec<float> widen_bf16(Half h) {
-  return bits_of<Vec<float>>(__builtin_convertvector(h, Words) << 16);
+// By name: for a conversion of vectors g++ 12 shuffles halves, up to seven instructions for one.
+FASTLM_INLINE Words widen(Half h) {
+#if defined(__AVX512F__)
+  return Words(_mm512_cvtepu16_epi32(__m256i(h)));
+#elif defined(__AVX2__)
+  return Words(_mm256_cvtepu16_epi32(__m128i(h)));
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+FASTLM_INLINE Half narrow(Words w) {  // of words below 2^16
+#if defined(__AVX512F__)
+  return Half(_mm512_cvtepi32_epi16(__m512i(w)));
+#elif defined(__AVX2__)
+  const __m256i twice = _mm256_packus_epi32(__m256i(w), __m256i(w));
+  return Half(_mm256_castsi256_si128(_mm256_permute4x64_epi64(twice, 0x08)));
+#else
+  return __builtin_convertvector(w, Half);
+#endif
 }
 
-// Rounded to nearest even, in the low half of each word; a NaN stays a NaN.
-FASTLM_INLINE Words round_bf16(Vec<float> x) {
+FASTLM_INLINE Vec<float> widen_bf16(Half h) { return bits_of<Vec<float>>(widen(h) << 16); }
+
+// Rounded to nearest even; a NaN stays a NaN. round_bf16: in the low half of each word.
 #if defined(__AVX512BF16__)
-  return __builtin_convertvector(bits_of<Half>(_mm512_cvtneps_pbh(__m512(x))), Words);
+FASTLM_INLINE Half narrow_bf16(Vec<float> x) { return bits_of<Half>(_mm512_cvtneps_pbh(__m512(x))); }
+FASTLM_INLINE Words round_bf16(Vec<float> x) { return widen(narrow_bf16(x)); }
 #else
+FASTLM_INLINE Words round_bf16(Vec<float> x) {
   const Words u = bits_of<Words>(x);
   const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const Words quiet = (u >> 16) | 0x40u;
   return (x == x) ? rounded : quiet;
-#endif
 }
-FASTLM_INLINE Half narrow_bf16(Vec<float> x) { return __builtin_convertvector(round_bf16(x), Half); }
+FASTLM_INLINE Half narrow_bf16(Vec<float> x) { return narrow(round_bf16(x)); }
+#endif
 
 FASTLM_INLINE Vec<float> widen_f16(Half h) {
 #if defined(__AVX512F__)
   return Vec<float>(_mm512_cvtph_ps(__m256i(h)));
-#elif defined(__F16C__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__F16C__)
   return Vec<float>(_mm256_cvtph_ps(__m128i(h)));
 #elif defined(__aarch64__)
   return Vec<float>(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(h))));
 #else
-  const Words w = __builtin_convertvector(h, Words);
+  const Words w = widen(h);
   const Words magnitude = (w & 0x7fffu) << 13;
   const Vec<float> finite = bits_of<Vec<float>>(magnitude) * splat(0x1p112f);  // subnormals too
   const Words special = magnitude | 0x7f800000u;                               // inf and NaN
@@ -155,7 +175,7 @@ FASTLM_INLINE Vec<float> widen_f16(Half h) {
 FASTLM_INLINE Half narrow_f16(Vec<float> x) {
 #if defined(__AVX512F__)
   return Half(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__F16C__)
   return Half(_mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__aarch64__)
   return Half(vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(x))));
@@ -166,7 +186,7 @@ FASTLM_INLINE Half narrow_f16(Vec<float> x) {
   const Words subnormal = bits_of<Words>(bits_of<Vec<float>>(a) + splat(0.5f)) - 0x3f000000u;
   const Words small = (a < 0x38800000u) ? subnormal : normal;
   const Words magnitude = (a >= 0x47800000u) ? special : small;
-  return __builtin_convertvector(magnitude | (sign >> 16), Half);
+  return narrow(magnitude | (sign >> 16));
 #endif
 }
 
@@ -229,7 +249,7 @@ template <class T> FASTLM_INLINE Vec<T> load(const T* p, int64_t n) {
     return Vec<T>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
   else
     return Vec<T>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
-#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4)
     return Vec<T>(_mm256_maskload_ps(p, __m256i(first_lanes<T>(n))));
   else
@@ -252,7 +272,7 @@ template <class T> FASTLM_INLINE void store(T* p, Vec<T> v, int64_t n) {
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
   else
     _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v));
-#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4)
     _mm256_maskstore_ps(p, __m256i(first_lanes<T>(n)), __m256(v));
   else
@@ -287,7 +307,7 @@ template <class V> FASTLM_INLINE V max(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(element_t<V>) == 4) return V(_mm512_max_ps(__m512(a), __m512(b)));
   else return V(_mm512_max_pd(__m512d(a), __m512d(b)));
-#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   if constexpr (sizeof(element_t<V>) == 4) return V(_mm256_max_ps(__m256(a), __m256(b)));
   else return V(_mm256_max_pd(__m256d(a), __m256d(b)));
 #else
@@ -298,7 +318,7 @@ template <class V> FASTLM_INLINE V min(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(element_t<V>) == 4) return V(_mm512_min_ps(__m512(a), __m512(b)));
   else return V(_mm512_min_pd(__m512d(a), __m512d(b)));
-#elif defined(__AVX2__) && !defined(FASTLM_VECTOR_BYTES)
+#elif defined(__AVX2__)
   if constexpr (sizeof(element_t<V>) == 4) return V(_mm256_min_ps(__m256(a), __m256(b)));
   else return V(_mm256_min_pd(__m256d(a), __m256d(b)));
 #else
@@ -325,18 +345,23 @@ FASTLM_INLINE Words pair_bf16(Vec<float> even, Vec<float> odd) {
 
 // ---- reductions over lanes, in a fixed order (halves folded onto halves) ----
 
-template <class V, class Op> FASTLM_INLINE element_t<V> fold(V v, Op op) {
-  element_t<V> x[kLanesOf<V>];
-  __builtin_memcpy(x, &v, sizeof v);
-  for (int half = kLanesOf<V> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = op(x[i], x[i + half]);
-  return x[0];
+// In vectors down to 16 bytes: a loop over lanes in memory stays a loop where lanes are 16.
+template <class T, class V, class Op> FASTLM_INLINE T fold(V v, Op op) {
+  if constexpr (sizeof(V) > 16) {
+    typename VectorOf<T, sizeof(V) / 2>::type half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return fold<T>(op(half[0], half[1]), op);
+  } else if constexpr (sizeof(T) == 4) {
+    return op(op(T(v[0]), T(v[2])), op(T(v[1]), T(v[3])));
+  } else {
+    return op(T(v[0]), T(v[1]));
+  }
 }
 template <class V> FASTLM_INLINE element_t<V> reduce_add(V v) {
-  return fold(v, [](auto a, auto b) { return a + b; });
+  return fold<element_t<V>>(v, [](auto a, auto b) { return a + b; });
 }
 template <class V> FASTLM_INLINE element_t<V> reduce_max(V v) {
-  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+  return fold<element_t<V>>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- transcendental functions ----

@@ -37,14 +37,15 @@ FIXED = ["setarch", platform.machine(), "-R"]
 
 
 def isas():
-    """Name and flags of what this machine runs; `wide` stands for AVX-512's tile sizes and bf16 pairs."""
+    """Name and flags of what this machine runs; of AVX-512 a model too, see csrc/cpu/avx512_model.h."""
     if platform.machine() != "x86_64":
         return {"neon" if platform.machine() == "aarch64" else "generic": ""}
     flags = Path("/proc/cpuinfo").read_text()
     found = {"generic": ""}
     if " avx2" in flags and " fma" in flags:
         found["avx2"] = AVX2
-        found["wide"] = f"{AVX2} -DFASTLM_VECTOR_BYTES=64 -DFASTLM_BF16_DOT"
+        found["avx512_model"] = f"{AVX2} -DFASTLM_AVX512_MODEL"
+        found["avx512_bf16_model"] = f"{found['avx512_model']} -DFASTLM_AVX512_BF16_MODEL"
     if all(f" avx512{x}" in flags for x in ("f", "bw", "dq", "vl")):
         wide = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
         found["avx512"] = wide
@@ -54,9 +55,9 @@ def isas():
 
 
 def widest():
-    """The layout with the most tile remainders."""
+    """The layout with the most tile remainders: in a model, whose loads and stores the sanitizers see."""
     available = isas()
-    return "wide" if "wide" in available else list(available)[-1]
+    return "avx512_bf16_model" if "avx512_bf16_model" in available else list(available)[-1]
 
 
 def check_vectors(kinds):
