@@ -9,8 +9,8 @@
 // (struct Coefficients). One sweep over memory: a block of a row is brought into the first-level
 // cache once for its maximum, its sum of exponentials (rescaled online, Milakov and Gimelshein,
 // arXiv:1805.02867) and the sums that smoothing or probabilities need; where the upstream gradient
-// is known in the forward, the gradient is written while the row is still in the second level.
-// The backward otherwise needs x and lse. Two layouts: classes contiguous in memory (a row is a
+// is known in the forward, the exponentials are kept in the second level, and the gradient is a
+// multiple of them. The backward otherwise needs x and lse. Two layouts: classes contiguous in memory (a row is a
 // token) or positions contiguous (lanes are tokens, the softmax is vertical), so that neither
 // (N, T, C).transpose(1, 2) nor an image is transposed.
 #pragma once
@@ -44,31 +44,31 @@ namespace fastlm::FASTLM_ISA {
 
 // ---- classes contiguous: a row is a token ----
 
-inline constexpr int64_t kBlock = 2048;  // classes in the first-level cache at a time
+inline constexpr int64_t kBlock = 2048;     // classes in the first-level cache at a time
+inline constexpr int64_t kKept = 1 << 20;   // bytes of exponentials to keep at most
 
 template <class S> struct Row {
   using T = compute_t<S>;
+  using V = Vec<T>;
   const CrossEntropyParams& p;
   const S* x;        // [C]
   const S* q;        // [C], null with class indices; stride probs_at.c
   int64_t i;         // place in [N][S]
   T* values;         // [kBlock] scratch
   T* mixed;          // [kBlock] scratch: w_c q'_c
+  T* kept;           // [C] exp(x_c - r), r = references[c / kBlock] the maximum so far; or null
+  T* references;     // [C / kBlock]
 
   const T* weight() const { return static_cast<const T*>(p.token.weight); }
 
-  // x[c0 .. c0+n), capped, in the compute type: itself where it already is that.
-  FASTLM_INLINE const T* block(int64_t c0, int64_t n) const {
+  // f(v) with v = x[c0 .. c0+n), capped: x itself, in its own type, where there is no cap.
+  template <class F> FASTLM_INLINE auto with_block(int64_t c0, int64_t n, const F& f) const {
     const T cap = T(p.token.softcap);
-    if constexpr (sizeof(S) == sizeof(T))
-      if (cap == 0) return x + c0;
-    if (cap == 0)
-      each_vector<T>(n, [&](int64_t c, auto w) { store(values + c, load<T>(x + c0 + c, w), w); });
-    else
-      each_vector<T>(n, [&](int64_t c, auto w) {
-        store(values + c, capped(load<T>(x + c0 + c, w), cap), w);
-      });
-    return values;
+    if (cap == 0) return f(x + c0);
+    each_vector<T>(n, [&](int64_t c, auto w) {
+      store(values + c, capped(load<T>(x + c0 + c, w), cap), w);
+    });
+    return f(static_cast<const T*>(values));
   }
 
   FASTLM_INLINE T value(int64_t c) const {
@@ -96,7 +96,7 @@ template <class S> struct Row {
   }
 
   // sum_c f_c (x_c - r) and sum_c f_c; f null: 1.
-  FASTLM_INLINE void add_sums(const T* v, const T* f, int64_t n, Sums<T>& s) const {
+  template <class X> FASTLM_INLINE void add_sums(const X* v, const T* f, int64_t n, Sums<T>& s) const {
     Vec<T> dot{}, mass{};
     each_vector<T>(n, [&](int64_t c, auto w) {
       const Vec<T> d = fill_rest(load<T>(v + c, w) - splat(s.r), w, T(0));
@@ -108,7 +108,7 @@ template <class S> struct Row {
     s.mass += double(reduce_add(mass));
   }
 
-  FASTLM_INLINE static T block_max(const T* v, int64_t n) {
+  template <class X> FASTLM_INLINE static T block_max(const X* v, int64_t n) {
     constexpr int kL = kLanes<T>;
     Vec<T> m[4];
     for (auto& each : m) each = splat(T(-kInfinity));
@@ -120,6 +120,18 @@ template <class S> struct Row {
       m[0] = max(m[0], fill_rest(load<T>(v + c + j, w), w, T(-kInfinity)));
     });
     return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+  }
+
+  // The sum of exp(v_c - r), each of which `keep` sees.
+  template <class X, class Keep>
+  FASTLM_INLINE static double exponentials(const X* v, int64_t n, T r, const Keep& keep) {
+    V sum{};
+    each_vector<T>(n, [&](int64_t c, auto w) {
+      const V e = exp_negative(load<T>(v + c, w) - splat(r));
+      keep(c, e, w);
+      sum += fill_rest(e, w, T(0));
+    });
+    return double(reduce_add(sum));
   }
 
   T forward() const {
@@ -134,21 +146,22 @@ template <class S> struct Row {
     Sums<T> sums{};
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
-      const T* v = block(c0, n);
-      const T block_m = block_max(v, n);
-      if (c0 == 0) sums.r = block_m > T(-kInfinity) && block_m < T(kInfinity) ? block_m : T(0);
-      if (block_m > m) {
-        sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
-        m = block_m;
-      }
-      const Vec<T> ms = splat(finite_max(m));
-      Vec<T> s{};
-      each_vector<T>(n, [&](int64_t c, auto w) {
-        s += fill_rest(exp(load<T>(v + c, w) - ms), w, T(0));
+      with_block(c0, n, [&](const auto* v) {
+        const T block_m = block_max(v, n);
+        if (c0 == 0) sums.r = block_m > T(-kInfinity) && block_m < T(kInfinity) ? block_m : T(0);
+        if (block_m > m) {
+          sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
+          m = block_m;
+        }
+        if (kept) {
+          references[c0 / kBlock] = m;
+          sum += exponentials(v, n, finite_max(m), [&](int64_t c, V e, auto w) { store(kept + c0 + c, e, w); });
+        } else {
+          sum += exponentials(v, n, finite_max(m), [](int64_t, V, auto) {});
+        }
+        if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
+        if (q) add_sums(v, mixed_block(c0, n), n, sums);
       });
-      sum += double(reduce_add(s));
-      if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
-      if (q) add_sums(v, mixed_block(c0, n), n, sums);
     }
     store_lse<T>(t, i, double(finite_max(m)), log(sum));
     loss = ignored ? T(0) : token_loss(t, p.C, i, t.target ? value(t.target[i]) : T(0), sums);
@@ -177,11 +190,16 @@ template <class S> struct Row {
       return;
     }
     const bool plain = k.smooth == 0 && k.probs == 0 && t.softcap == 0;
-    const int64_t head = streams() ? least(p.C, to_alignment(dx)) : 0;
-    for (int64_t c0 = 0, n = head; c0 < p.C; c0 += n, n = least(kBlock, p.C - c0)) {
-      if (n == 0) continue;
-      if (plain) plain_block(dx + c0, x + c0, n, k.softmax, lse, low);
-      else general_block(dx, c0, n, k, lse, low);
+    for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
+      const int64_t n = least(kBlock, p.C - c0);
+      if (plain && kept) {
+        const T factor = k.softmax * exp(splat((references[c0 / kBlock] - lse) - low))[0];
+        write(dx + c0, n, [&](int64_t c, auto w) { return load<T>(kept + c0 + c, w) * splat(factor); });
+      } else if (plain) {
+        write(dx + c0, n, [&](int64_t c, auto w) { return softmax(load<T>(x + c0 + c, w), k.softmax, lse, low); });
+      } else {
+        with_block(c0, n, [&](const auto* v) { general_block(dx + c0, c0, v, n, k, lse, low); });
+      }
     }
     if (k.y >= 0) {
       T d = k.softmax * exp(splat((value(k.y) - lse) - low))[0] - k.onehot;
@@ -192,34 +210,38 @@ template <class S> struct Row {
   }
 
   // Too large for the caches: written without reading the lines first.
-  bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
+  FASTLM_INLINE bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
   static int64_t to_alignment(const S* dx) {
     constexpr uintptr_t kBytes = kLanes<T> * sizeof(S);
     return int64_t((kBytes - reinterpret_cast<uintptr_t>(dx) % kBytes) % kBytes / sizeof(S));
   }
 
-  FASTLM_INLINE void plain_block(S* dx, const S* v, int64_t n, T a, T lse, T low) const {
-    const auto d = [&](Vec<T> xs) { return splat(a) * exp((xs - splat(lse)) - splat(low)); };
-    if (streams() && n >= kLanes<T>) {
-      int64_t c = 0;
-      for (; c + kLanes<T> <= n; c += kLanes<T>) stream(dx + c, d(load<T>(v + c)));
-      if (c < n) store(dx + c, d(load<T>(v + c, n - c)), n - c);
-      return;
+  // dx_c = d(c), c < n.
+  template <class D> FASTLM_INLINE void write(S* dx, int64_t n, const D& d) const {
+    int64_t c = 0;
+    if (streams()) {
+      c = least(n, to_alignment(dx));
+      if (c > 0) store(dx, d(0, Part{c}), c);
+      for (; c + kLanes<T> <= n; c += kLanes<T>) stream(dx + c, d(c, Whole{}));
     }
-    each_vector<T>(n, [&](int64_t c, auto w) { store(dx + c, d(load<T>(v + c, w)), w); });
+    each_vector<T>(n - c, [&](int64_t j, auto w) { store(dx + c + j, d(c + j, w), w); });
   }
 
-  void general_block(S* dx, int64_t c0, int64_t n, const Coefficients<T>& k, T lse, T low) const {
+  FASTLM_INLINE static V softmax(V x, T a, T lse, T low) {
+    return splat(a) * exp_negative((x - splat(lse)) - splat(low));
+  }
+
+  template <class X>
+  void general_block(S* dx, int64_t c0, const X* v, int64_t n, const Coefficients<T>& k, T lse, T low) const {
     const T cap = T(p.token.softcap);
-    const T* v = block(c0, n);
     const T* f = k.probs != 0 ? mixed_block(c0, n) : k.smooth != 0 && weight() ? weight() + c0 : nullptr;
     const T scale = k.probs != 0 ? k.probs : k.smooth;
-    each_vector<T>(n, [&](int64_t c, auto w) {
-      const Vec<T> xs = load<T>(v + c, w);
-      Vec<T> d = splat(k.softmax) * exp((xs - splat(lse)) - splat(low));
+    write(dx, n, [&](int64_t c, auto w) {
+      const V xs = load<T>(v + c, w);
+      V d = softmax(xs, k.softmax, lse, low);
       d -= f ? splat(scale) * load<T>(f + c, w) : splat(scale);
       if (cap != 0) d *= capped_slope(xs, cap);
-      store(dx + c0 + c, d, w);
+      return d;
     });
   }
 
@@ -230,12 +252,13 @@ template <class S> struct Row {
     const T g = coefficients(t, p.C, i, lse, T(0)).probs * T(1 - t.label_smoothing);
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
-      const T* v = block(c0, n);
-      each_vector<T>(n, [&](int64_t c, auto w) {
-        Vec<T> d = splat(g) * ((splat(lse) - load<T>(v + c, w)) + splat(low));
-        if (weight()) d *= load<T>(weight() + c0 + c, w);
-        if (p.dprobs_at.c == 1) store(dq + c0 + c, d, w);
-        else store(mixed + c, d, w);
+      with_block(c0, n, [&](const auto* v) {
+        each_vector<T>(n, [&](int64_t c, auto w) {
+          Vec<T> d = splat(g) * ((splat(lse) - load<T>(v + c, w)) + splat(low));
+          if (weight()) d *= load<T>(weight() + c0 + c, w);
+          if (p.dprobs_at.c == 1) store(dq + c0 + c, d, w);
+          else store(mixed + c, d, w);
+        });
       });
       if (p.dprobs_at.c != 1)
         for (int64_t c = 0; c < n; ++c) dq[(c0 + c) * p.dprobs_at.c] = from_compute<S>(mixed[c]);
@@ -248,13 +271,17 @@ template <class S> static void run_rows(const CrossEntropyParams& p) {
   const TokenLoss& t = p.token;
   const int64_t grain = greatest<int64_t>(1, 16384 / greatest<int64_t>(p.C, 1));
   parallel(p.pool, p.N * p.S, grain, [&](int64_t begin, int64_t end) {
-    T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, 2 * kBlock * sizeof(T)));
+    const int64_t kept = p.forward && p.dinput && p.C * int64_t(sizeof(T)) <= kKept ? p.C : 0;
+    const int64_t numbers = 2 * kBlock + round_up<int64_t>(kept, kLanes<T>) + kept / kBlock + 1;
+    T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, size_t(numbers) * sizeof(T)));
+    T* const exponentials = scratch + 2 * kBlock;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / p.S, s = i % p.S;
       const int64_t at_q = n * t.probs_at.n + s * t.probs_at.s;
       const Row<S> row{p, static_cast<const S*>(p.input) + n * p.input_at.n + s * p.input_at.s,
                        t.probs ? static_cast<const S*>(t.probs) + at_q : nullptr, i, scratch,
-                       scratch + kBlock};
+                       scratch + kBlock, kept ? exponentials : nullptr,
+                       exponentials + round_up<int64_t>(kept, kLanes<T>)};
       const T mass = p.forward ? row.forward() : row.mass();
       if (p.dinput)
         row.gradient(static_cast<S*>(p.dinput) + n * p.dinput_at.n + s * p.dinput_at.s, mass);
@@ -325,8 +352,8 @@ template <class S> struct Tile {
         for (int64_t c = 0; c < n; ++c) block_m = max(block_m, load(values + c * kWidth + j));
         const V before = finite(load(m + j)), ms = finite(block_m);
         if (c0 == 0) store(r + j, select(ms < splat(T(kInfinity)), ms, V{}));
-        V s = load(sum + j) * exp(before - ms);
-        for (int64_t c = 0; c < n; ++c) s += exp(load(values + c * kWidth + j) - ms);
+        V s = load(sum + j) * exp_negative(before - ms);
+        for (int64_t c = 0; c < n; ++c) s += exp_negative(load(values + c * kWidth + j) - ms);
         store(m + j, block_m);
         store(sum + j, s);
         if (smooth || q) {
@@ -388,7 +415,7 @@ template <class S> struct Tile {
           T* at = values + c * kWidth + j;
           const V xs = load(at);
           const V as = load(a + j);
-          V d = select(as == V{}, V{}, as * exp((xs - load(lse + j)) - load(low + j)));
+          V d = select(as == V{}, V{}, as * exp_negative((xs - load(lse + j)) - load(low + j)));
           d -= load(s + j) * splat(weight(c0 + c));
           if (q) d -= load(g + j) * load(mixed + c * kWidth + j);
           if (cap != 0) d *= capped_slope(xs, cap);

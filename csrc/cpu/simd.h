@@ -385,12 +385,9 @@ FASTLM_INLINE Vec<double> scale2(Vec<double> p, Vec<double> n) {
 #endif
 }
 
-// Results below the smallest normal number are 0; NaN stays NaN.
-FASTLM_INLINE Vec<float> exp(Vec<float> x) {
+// exp(x - n log 2) for the integral n nearest to x / log 2.
+FASTLM_INLINE Vec<float> exp_reduced(Vec<float> x, Vec<float> n) {
   using V = Vec<float>;
-  x = max(splat(-87.33f), min(splat(89.f), x));  // constants first: a NaN in x comes through
-  const V magic = splat(12582912.f);
-  const V n = fma(x, splat(1.44269504f), magic) - magic;
   const V r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   V p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
@@ -398,8 +395,16 @@ FASTLM_INLINE Vec<float> exp(Vec<float> x) {
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r + splat(1.f));
-  const V y = scale2(p, n);
+  return fma(p, r * r, r + splat(1.f));
+}
+
+// Results below the smallest normal number are 0; NaN stays NaN.
+FASTLM_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = max(splat(-87.33f), min(splat(89.f), x));  // constants first: a NaN in x comes through
+  const V magic = splat(12582912.f);
+  const V n = fma(x, splat(1.44269504f), magic) - magic;
+  const V y = scale2(exp_reduced(x, n), n);
   const V big = (x > splat(88.7228f)) ? splat(__builtin_inff()) : y;
   return (x <= splat(-87.33f)) ? V{} : big;
 }
@@ -419,6 +424,16 @@ FASTLM_INLINE Vec<double> exp(Vec<double> x) {
   const V big = (x > splat(709.782712893384)) ? splat(__builtin_inf()) : y;
   return (x <= splat(-708.39)) ? V{} : big;
 }
+
+// For x <= 0, or a rounding error above, as a softmax takes it: half the instructions beside the polynomial.
+// 0 from about -88 on; NaN stays NaN.
+FASTLM_INLINE Vec<float> exp_negative(Vec<float> x) {
+  x = max(splat(-88.0296919f), x);                      // -127 log 2
+  const Vec<float> magic = splat(12582912.f + 127.f);   // 1.5 * 2^23: the low bits hold n + 127
+  const Vec<float> biased = fma(x, splat(1.44269504f), magic);
+  return exp_reduced(x, biased - magic) * bits_of<Vec<float>>(bits_of<Words>(biased) << 23);
+}
+FASTLM_INLINE Vec<double> exp_negative(Vec<double> x) { return exp(x); }
 
 template <class V> FASTLM_INLINE V sigmoid(V x) {
   using T = element_t<V>;
