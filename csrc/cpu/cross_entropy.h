@@ -150,7 +150,8 @@ template <class S> struct Row {
         const T block_m = block_max(v, n);
         if (c0 == 0) sums.r = block_m > T(-kInfinity) && block_m < T(kInfinity) ? block_m : T(0);
         if (block_m > m) {
-          sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
+          // 0 before the first block, where the factor of logits far below 0 is infinite
+          if (sum != 0) sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
           m = block_m;
         }
         if (kept) {
@@ -352,7 +353,8 @@ template <class S> struct Tile {
         for (int64_t c = 0; c < n; ++c) block_m = max(block_m, load(values + c * kWidth + j));
         const V before = finite(load(m + j)), ms = finite(block_m);
         if (c0 == 0) store(r + j, select(ms < splat(T(kInfinity)), ms, V{}));
-        V s = load(sum + j) * exp_negative(before - ms);
+        const V old = load(sum + j);
+        V s = select(old == V{}, V{}, old * exp_negative(before - ms));
         for (int64_t c = 0; c < n; ++c) s += exp_negative(load(values + c * kWidth + j) - ms);
         store(m + j, block_m);
         store(sum + j, s);
