@@ -274,7 +274,7 @@ template <class S> FASTLM_DEVICE void gru_pack_vector(const GruPackParams<S>& p,
   store_global(reinterpret_cast<Pack<S, kPerVector<S>>*>(p.packed + at * kPerVector<S>), v);
 }
 
-template <class S> __global__ void __launch_bounds__(256) gru_pack(const __grid_constant__ GruPackParams<S> p) {
+template <class S> FASTLM_DEVICE void gru_pack_one(const GruPackParams<S>& p) {
   int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (i < p.vectors()) return gru_pack_vector(p, i);
   i -= p.vectors();
@@ -289,6 +289,10 @@ template <class S> __global__ void __launch_bounds__(256) gru_pack(const __grid_
   if (i >= p.states()) return;
   const int64_t unit = i % p.H, b = i / p.H % p.B, row = i / (p.H * p.B);  // row: buffer and direction
   p.exchange[(row * p.rows + b) * p.chunks * kGruChunk<S> + unit] = operand(p.h0[(row % p.D * p.B + b) * p.H + unit]);
+}
+
+template <class S> __global__ void __launch_bounds__(256) gru_pack(const __grid_constant__ GruPackParams<S> p) {
+  if constexpr (kServed<S>) gru_pack_one(p);
 }
 
 }  // namespace fastlm::cuda
