@@ -19,8 +19,20 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Command, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1, which is enough to build in place
+
+    class bdist_wheel(Command):
+        user_options = []
+
+        def initialize_options(self):
+            raise SystemExit("fastlm: a wheel needs setuptools 77 or later: pip install --upgrade setuptools")
+
+        finalize_options = run = initialize_options
+
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"

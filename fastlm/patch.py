@@ -96,7 +96,7 @@ _originals: dict[str, Callable] = {
     "gru": torch.gru,
     "gru_cell": torch.gru_cell,
 }
-if hasattr(F, "linear_cross_entropy"):  # torch 2.12 and later
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
     _originals["linear_cross_entropy"] = F.linear_cross_entropy
 
 

@@ -92,7 +92,7 @@ Pool torch_pool() {
 #ifdef FASTLM_OWN_THREADS
             run_on_own_threads(int(torch::stable::get_num_threads()), n, grain, f, ctx);
 #else
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, f, ctx));
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, f, ctx));
 #endif
           },
           int(torch::stable::get_num_threads())};

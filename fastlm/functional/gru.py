@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastlm import reference
-from fastlm.ops import choose_backend
+from fastlm.ops import autocast_is_on, choose_backend
 from fastlm.ops import gru as ops_gru
 
 _GRU = (
@@ -73,10 +73,8 @@ def _check_gru_weights(function: str, weights: list[tuple[str, Tensor]], I: int,
 
 def _autocast(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, if it is on, wants products of x to be in; float64 is left alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    wanted = x.dtype != torch.float64 and autocast_is_on(x.device)
+    return torch.get_autocast_dtype(x.device.type) if wanted else None
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
