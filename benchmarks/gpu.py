@@ -41,9 +41,9 @@ CUDNN, FLASH, LIGER = "cuDNN", "flash-attn", "Liger"
 ROUNDS, ROUND_SECONDS = 20, 0.01
 # Of the tests, each in a process of its own: a fault in a kernel spoils the device for its whole process.
 SUITES = {
-    "cuda": ["tests/test_cuda.py"],
-    "triton": ["tests/test_triton.py"],
-    "others": ["tests", "--ignore=tests/test_cuda.py", "--ignore=tests/test_triton.py"],
+    "cuda": ["tests/test_cuda.py", "tests/test_gpu.py", "-k", "test_cuda or cuda_device"],
+    "triton": ["tests/test_triton.py", "tests/test_gpu.py", "-k", "test_triton or triton_device"],
+    "others": ["tests", *(f"--ignore=tests/test_{name}.py" for name in ("cuda", "triton", "gpu"))],
 }
 SUITE_SECONDS = 2 * 3600
 
@@ -419,6 +419,8 @@ def main() -> int:
     chosen = [w for w in chosen if not options.words or any(word in w.name for word in options.words)]
     folder = options.output or ROOT / "benchmarks" / "results" / time.strftime("gpu-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
+    # float32 is float32 in every contender: torch lets cuDNN's GRU multiply it in tf32.
+    torch.backends.cudnn.allow_tf32 = False
     about, good = facts(device), True
     report = Report(folder, about)
     report.add(*(f"- {line}" for line in without))

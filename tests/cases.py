@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest
 
@@ -793,12 +794,22 @@ def _linear_bytes(input, linear_weight, target, **kwargs) -> tuple[int, int]:
     return size, size
 
 
+def _linear_then_loss(input, linear_weight, target, *, linear_bias=None, **settings):
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    return F.cross_entropy(logits, target, **settings)
+
+
+# torch 2.13 and later
+eager_linear_cross_entropy = getattr(F, "linear_cross_entropy", _linear_then_loss)
+
 register(
     Operator(
         "linear_cross_entropy",
         fastlm.linear_cross_entropy,
         fastlm.reference.linear_cross_entropy,
-        getattr(torch.nn.functional, "linear_cross_entropy", None),  # torch 2.13 and later
+        eager_linear_cross_entropy,
         cases=(
             _linear_case("mean", 9, 16, 33),
             _linear_case("unbatched-bias", None, 7, 21, bias=True),

@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: the ISA, the thread count, the seed, the Triton backend."""
 
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,60 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastlm  # noqa: E402
+import fastlm.cuda  # noqa: E402
 import fastlm.triton  # noqa: E402
+
+# Results are compared with eager's: torch has cuDNN's GRU multiply float32 in tf32 unless it is told not to.
+torch.backends.cudnn.allow_tf32 = False
+
+# What tests need beside torch and pytest, which are all that every Python with a GPU has.
+TRAINING = ("numpy", "safetensors", "tokenizers")
+NEEDS = {
+    "test_backends.py": ("ninja", "triton"),
+    "test_cli.py": (*TRAINING, "rich", "typer"),
+    "test_cuda_attention.py": ("ninja",),
+    "test_cuda_gru.py": ("ninja",),
+    "test_cuda_host.py": ("ninja",),
+    "test_data.py": TRAINING,
+    "test_hypothesis.py": ("hypothesis",),
+    "test_opinfo.py": ("expecttest", "numpy"),
+    "test_simt.py": ("ninja",),
+    "test_train.py": TRAINING,
+    "test_triton.py": ("triton",),
+    "test_triton_targets.py": ("triton",),
+}
+
+
+class Unreadable(pytest.Module):
+    """A file of tests that can't be imported here."""
+
+    def collect(self):
+        missing = [name for name in NEEDS[self.path.name] if not importlib.util.find_spec(name)]
+        pytest.skip(f"no Python package {', '.join(missing)} here", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if not all(map(importlib.util.find_spec, NEEDS.get(module_path.name, ()))):
+        return Unreadable.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def device_is_whole(request):
+    """A kernel's fault spoils the device for its process: of the tests behind it, none would say anything."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid} leaves the GPU in a fault, which ends this process: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(message, returncode=3)
+        capture = request.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(message, file=sys.stderr, flush=True)
+        os._exit(3)  # another worker takes its place
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +124,19 @@ def triton_device(monkeypatch):
 
 
 @pytest.fixture
+def cuda_device():
+    """Runs the test on the CUDA kernels; gives the device that they take tensors of."""
+    reason = fastlm.cuda.missing()
+    if reason:
+        pytest.skip(f"no CUDA kernels here: {reason}")
+    with fastlm.use_backend("cuda"):
+        yield torch.device("cuda")
+
+
+@pytest.fixture
 def cuda_host():
     """Runs the test on the CUDA kernels, in a model of a GPU."""
+    pytest.importorskip("ninja", reason="it is built with ninja")
     import tests.simt  # noqa: F401 - adds the backend
 
     with fastlm.use_backend("cuda-host"):

@@ -12,7 +12,6 @@ import tests.simt
 from fastlm import ops, reference
 from fastlm.ops import always
 
-pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(

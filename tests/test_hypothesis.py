@@ -3,6 +3,7 @@
 CI draws the same examples each time (HYPOTHESIS_PROFILE=ci or CI set); elsewhere they vary.
 """
 
+import math
 import os
 
 import torch
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fastlm
+from fastlm import reference
 
 _common = dict(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 settings.register_profile("default", **_common)
@@ -253,3 +255,49 @@ def test_gru_cell(data, isa, dtype):
         return (x, h, *weights), dict(layer_norm=gains) if norm else {}
 
     check("gru_cell", isa, dtype, build, eager=not norm)
+
+
+@given(st.data())
+def test_attention_combines_options(data):
+    draw = data.draw
+    size = st.integers(1, 40)
+    group, Hkv, B = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    Tq, Tk, D, Dv = draw(size), draw(size), draw(size), draw(size)
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    order = draw(st.permutations((0, 1, 2)))
+
+    def tensor(*shape):
+        memory = [shape[d] for d in (*order, 3)] if len(shape) == 4 else shape
+        x = torch.randn(memory, dtype=torch.float64)
+        if len(shape) == 4:
+            x = x.permute(*(order.index(d) for d in range(3)), 3)
+        return x.requires_grad_()
+
+    inputs = [tensor(B, group * Hkv, Tq, D), tensor(B, Hkv, Tk, D), tensor(B, Hkv, Tk, Dv)]
+    kwargs = {
+        "is_causal": draw(st.booleans()),
+        "enable_gqa": True,
+        "scale": draw(st.sampled_from((None, 0.3, -1.0))),
+        "window_size": (draw(st.integers(-1, 20)), draw(st.integers(-1, 20))),
+        "softcap": draw(st.sampled_from((0.0, 2.0))),
+        "dropout_p": draw(st.sampled_from((0.0, 0.25))),
+    }
+    full = (B, group * Hkv, Tq, Tk)
+    if draw(st.booleans()):
+        mask = torch.randn([draw(st.sampled_from((1, n))) for n in full], dtype=torch.float64)
+        kind = draw(st.sampled_from(("bool", "float", "gradient")))
+        kwargs["attn_mask"] = mask > -0.5 if kind == "bool" else mask.requires_grad_(kind == "gradient")
+    if draw(st.booleans()):
+        kwargs["alibi_slopes"] = torch.rand(group * Hkv, dtype=torch.float64, requires_grad=True)
+    if draw(st.booleans()):
+        kwargs["sinks"] = torch.randn(group * Hkv, dtype=torch.float64, requires_grad=True)
+    wanted = inputs + [x for x in kwargs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    results = []
+    for function in (fastlm.scaled_dot_product_attention, reference.scaled_dot_product_attention):
+        torch.manual_seed(3)
+        out, lse = function(*inputs, **kwargs, return_lse=True)
+        seen = lse.masked_fill(lse == -math.inf, 0.0)
+        grads = torch.autograd.grad(out.sin().sum() + seen.sin().sum(), wanted)
+        results.append((out, lse, *grads))
+    torch.testing.assert_close(*results)

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
-
 # In a process of its own: here, kernels are for the interpreter.
 TABLE = """
 import json, sys
