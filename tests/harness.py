@@ -249,6 +249,27 @@ def check_bits(operator: Operator, id: str, dtype: torch.dtype, device: torch.de
         assert torch.equal(bits(a), bits(b))
 
 
+def check_autocast(operator: Operator, case: Case, to: torch.dtype, device: torch.device) -> None:
+    """Under autocast: dtypes are eager's, values as exact; gradients come in the inputs' dtype."""
+
+    def under_autocast(function):
+        def wrapped(*args, **kwargs):
+            with torch.autocast(device.type, dtype=to):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    arguments = on_device(operator, case.build(torch.float32, 0), device)
+    expected, expected_gradients, cotangents = run(under_autocast(operator.eager), arguments, 0)
+    outputs, gradients, _ = run(under_autocast(operator.function), arguments, 0, cotangents)
+    for actual, eager in zip(outputs + gradients, expected + expected_gradients, strict=True):
+        assert actual.dtype == eager.dtype
+        scale = max(1.0, largest(eager))
+        torch.testing.assert_close(
+            actual.float(), eager.float(), rtol=3e-2, atol=3e-2 * scale, equal_nan=True
+        )
+
+
 def check_dropout(T: tuple[int, int], device: torch.device | str) -> None:
     """Kernel and formula drop the same weights, forward and backward, for one state of the generator."""
     shapes = (1, 2, T[0], 8), (1, 1, T[1], 8), (1, 1, T[1], 8)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import OPERATORS
-from harness import case_of, check_tf32, compare, on_device, run
-from test_operators import ALL, bits, name_of, names, only_in
+from harness import case_of, check_tf32, compare
+from test_operators import ALL, name_of, names, only_in
 
 import fastlm
 from fastlm import cuda, ops
@@ -33,30 +33,6 @@ def test_matches_reference(operator, case, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
-def test_same_bits_again(operator):
-    """On the largest case for each of the types."""
-    for dtype in (torch.float32, torch.bfloat16):
-        case = max(
-            (c for c in operator.cases if dtype in c.dtypes and not c.random), key=lambda c: size(c, dtype)
-        )
-        results = []
-        with fastlm.use_backend("cuda"):
-            for _ in range(3):
-                outputs, gradients, _ = run(
-                    operator.function, on_device(operator, case.build(dtype, 0), "cuda"), 0
-                )
-                results.append(outputs + gradients)
-        for again in results[1:]:
-            for a, b in zip(results[0], again, strict=True):
-                assert torch.equal(bits(a), bits(b))
-
-
-def size(case, dtype):
-    return sum(x.numel() for x in case.build(dtype, 0)[0] if isinstance(x, torch.Tensor))
-
-
-@on_gpu
 @pytest.mark.parametrize("name, id", (("scaled_dot_product_attention", "causal"), ("gru", "plain")))
 def test_tf32_follows_torch(name, id):
     if torch.cuda.get_device_capability() < (8, 0):
@@ -68,40 +44,6 @@ def test_tf32_follows_torch(name, id):
             check_tf32(OPERATORS[name], case_of(OPERATORS[name], id), "cuda")
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@on_gpu
-def test_runs_in_a_graph():
-    """A captured call gives what a direct one gives: nothing waits for the device on the way."""
-    q = torch.randn(2, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
-    x, target = (
-        torch.randn(64, 500, device="cuda", requires_grad=True),
-        torch.randint(500, (64,), device="cuda"),
-    )
-    w = torch.randn(500, 500, device="cuda", requires_grad=True)
-    gru = fastlm.nn.GRU(500, 64, device="cuda")
-    packed = torch.nn.utils.rnn.pack_padded_sequence(x.detach().view(16, 4, 500), torch.tensor([16, 9, 9, 1]))
-
-    def calls():
-        loss = fastlm.cross_entropy(x, target)
-        linear = fastlm.linear_cross_entropy(x, w, target)
-        gradients = torch.autograd.grad(loss * 2 + linear * 3, (x, w))
-        with torch.no_grad():
-            out = fastlm.scaled_dot_product_attention(q, q, q, is_causal=True)
-            return out, gru(packed)[0].data, loss.detach(), linear.detach(), *gradients
-
-    with fastlm.use_backend("cuda"):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            expected = calls()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = calls()
-        graph.replay()
-    for a, b in zip(results, expected, strict=True):
-        assert torch.equal(a, b)
 
 
 # ---- as a backend --------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.namespace == "fastlm":
+        if function.namespace.startswith("fastlm"):
             own = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
             self.calls.append((function, *own))
         else:
@@ -200,10 +200,23 @@ class Recorder(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def recorded_calls(operator, case, dtype):
+def recorded_calls(operator, arguments):
+    """Each with whether autograd differentiates it."""
     with Recorder() as recorder:
-        run(operator.function, case.build(dtype, 0), seed=0)
-    return recorder.calls
+        run(operator.function, arguments, seed=0)
+    trained = bool(differentiable(arguments))
+    return [(*call, trained and "backward" not in call[0].__name__) for call in recorder.calls]
+
+
+def check_registration(calls):
+    for function, args, kwargs, trained in calls:
+        if trained:
+            for x in tensors_of((args, kwargs)):
+                x.detach_().requires_grad_(x.is_floating_point())
+        for x in tensors_of((args, kwargs)):
+            if sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < -32:
+                pytest.skip("opcheck's copy of an argument fails for an empty one of such strides")
+        torch.library.opcheck(function, args, kwargs)
 
 
 @every_case
@@ -229,15 +242,7 @@ def test_runs_on_our_kernels(operator, case):
 @some_cases
 def test_opcheck(operator, case):
     dtype = case.dtypes[min(1, len(case.dtypes) - 1)]
-    trained = bool(differentiable(case.build(dtype, 0)))
-    for function, args, kwargs in recorded_calls(operator, case, dtype):
-        if trained and "backward" not in function.__name__:
-            for x in tensors_of((args, kwargs)):
-                x.detach_().requires_grad_(x.is_floating_point())
-        for x in tensors_of((args, kwargs)):
-            if sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < -32:
-                pytest.skip("opcheck's copy of an argument fails for an empty one of such strides")
-        torch.library.opcheck(function, args, kwargs)
+    check_registration(recorded_calls(operator, case.build(dtype, 0)))
 
 
 @every_case
