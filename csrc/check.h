@@ -6,9 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -16,6 +18,7 @@ namespace fastlm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline std::string shape_string(const Tensor& t) {
   std::string s = "(";
@@ -48,16 +51,11 @@ inline void check_dtype(const Tensor& t, ScalarType want, const char* op, const 
 
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> want, const char* op,
                         const char* name) {
-  bool same = t.dim() == int64_t(want.size());
-  int64_t i = 0;
+  const Ints size = t.sizes();
+  if (size.size() == want.size() && std::equal(want.begin(), want.end(), size.begin())) return;
   std::string expected = "(";
-  for (int64_t n : want) {
-    expected += (i ? ", " : "") + std::to_string(n);
-    same = same && t.size(i) == n;
-    ++i;
-  }
-  STD_TORCH_CHECK(same, "fastlm::", op, ": ", name, " has shape ", shape_string(t), ", expected ",
-                  expected, ")");
+  for (int64_t n : want) expected += (expected.size() > 1 ? ", " : "") + std::to_string(n);
+  STD_TORCH_CHECK(false, "fastlm::", op, ": ", name, " has shape ", shape_string(t), ", expected ", expected, ")");
 }
 
 inline void check_device(const Tensor& t, const Tensor& like, const char* op, const char* name) {
@@ -65,9 +63,30 @@ inline void check_device(const Tensor& t, const Tensor& like, const char* op, co
                   ": ", name, " is on another device than input");
 }
 
-inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
-                              dtype);
+inline Tensor new_strided(Ints size, Ints strides, ScalarType dtype, const Tensor* like) {
+  int32_t device = aoti_torch_device_type_cpu(), index = 0;
+  if (like) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+  }
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type,
+                                                         device, index, &made));
+  return Tensor(made);
+}
+
+// Uninitialised, on the device of `like` or the CPU, without a gap between the elements. The shim's own
+// function: torch::stable::empty and new_empty are boxed calls, which take as long as a small kernel.
+inline Tensor new_tensor(Ints size, ScalarType dtype, const Tensor* like = nullptr) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (size_t i = size.size(); i-- > 0; stride *= std::max<int64_t>(size[i], 1)) strides[i] = stride;
+  return new_strided(size, Ints(strides.data(), strides.size()), dtype, like);
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor* like = nullptr) {
+  return new_tensor(Ints(size.begin(), size.size()), dtype, like);
 }
 
 inline Tensor contiguous(const Tensor& t) {

@@ -69,8 +69,7 @@ struct GruCall {
 
   // An uninitialised tensor on the input's device.
   Tensor make(std::initializer_list<int64_t> size, ScalarType type) const {
-    const torch::headeronly::IntHeaderOnlyArrayRef shape(size.begin(), size.size());
-    return torch::stable::new_empty(input, shape, type);
+    return new_tensor(size, type, &input);
   }
   // Of the shape of input, with another number of features.
   Tensor make_rows(int64_t features) const {

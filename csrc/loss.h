@@ -7,8 +7,6 @@
 
 namespace fastlm {
 
-using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
-
 enum Reduction : int64_t { kNone, kMean, kSum };  // torch's numbering
 
 // Logits (C), (N, C) or (N, C, d1, ...) as [N][C][S].

@@ -23,9 +23,10 @@ Tensor rows_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : torch::
 // of the two, so that the usual transposed views stay cheap to undo.
 Tensor empty_as(const Tensor& like, int64_t D) {
   const int64_t B = like.size(0), H = like.size(1), T = like.size(2);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(new_tensor({B, T, H, D}, like.scalar_type()), 1, 2);
-  return new_tensor({B, H, T, D}, like.scalar_type());
+  if (like.stride(1) >= like.stride(2)) return new_tensor({B, H, T, D}, like.scalar_type());
+  const int64_t size[4] = {B, H, T, D}, d = std::max<int64_t>(D, 1), h = d * std::max<int64_t>(H, 1);
+  const int64_t strides[4] = {h * std::max<int64_t>(T, 1), d, h, 1};
+  return new_strided(Ints(size, 4), Ints(strides, 4), like.scalar_type(), nullptr);
 }
 
 // Parameters, and what they point to.

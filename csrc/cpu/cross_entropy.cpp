@@ -85,10 +85,6 @@ Loss read_loss(const char* op, Ints logits, ScalarType dtype, const Tensor& targ
   return l;
 }
 
-Tensor new_tensor(const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::empty(Ints(size.data(), size.size()), dtype);
-}
-
 // The upstream gradients of the loss and, if given, of lse.
 void set_upstream(Loss& l, const Tensor& dloss, const std::optional<Tensor>& dlse) {
   const Tensor upstream =
@@ -124,7 +120,7 @@ template <class T> Tensor reduced(const Loss& l, const Tensor& loss) {
   const T* x = static_cast<const T*>(loss.const_data_ptr());
   double sum = 0;
   for (int64_t i = 0; i < l.N * l.S; ++i) sum += double(x[i]);
-  Tensor result = fastlm::new_tensor({}, l.compute);
+  Tensor result = new_tensor({}, l.compute);
   *static_cast<T*>(result.mutable_data_ptr()) = T(l.reduction == kMean ? sum / l.denominator : sum);
   return result;
 }
@@ -159,7 +155,7 @@ Tensor run(CrossEntropyParams& p, const Loss& l, const Tensor& input, DType dtyp
   const auto kernel = kernels().cross_entropy.run[dtype];
   if (!gradient) {
     kernel(p);
-    return fastlm::new_tensor({0}, l.dtype);
+    return new_tensor({0}, l.dtype);
   }
   Tensor dinput = torch::stable::empty_like(input);
   Logits view;
@@ -193,8 +189,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   STD_TORCH_CHECK(!gradient || (reduction != kNone && !return_lse),
                   "fastlm::cross_entropy: the upstream gradient is known for a scalar loss alone");
   const std::vector<int64_t> shape = token_shape(logits);
-  const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
-  const Tensor low = new_tensor(shape, l.compute);
+  const Ints tokens(shape.data(), shape.size());
+  const Tensor loss = new_tensor(tokens, l.compute), lse = new_tensor(tokens, l.compute);
+  const Tensor low = new_tensor(tokens, l.compute);
   l.token.loss = loss.mutable_data_ptr();
   l.token.lse = lse.mutable_data_ptr();
   l.token.low = low.mutable_data_ptr();
@@ -220,12 +217,10 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
   CrossEntropyParams p{};
   Logits view;
   set_logits(p, l, input, &view);
-  Tensor dtarget = fastlm::new_tensor({0}, l.dtype);
+  Tensor dtarget = new_tensor({0}, l.dtype);
   if (target_gradient) {
     STD_TORCH_CHECK(l.probabilities(), "fastlm::", l.op, ": class indices have no gradient");
-    std::vector<int64_t> shape;
-    for (int64_t i = 0; i < target.dim(); ++i) shape.push_back(target.size(i));
-    dtarget = new_tensor(shape, l.dtype);
+    dtarget = new_tensor(target.sizes(), l.dtype);
     p.dprobs = dtarget.mutable_data_ptr();
     merged_strides(dtarget, &p.dprobs_at);
     if (view.N != l.N) p.dprobs_at = {0, p.dprobs_at.c, p.dprobs_at.n};
@@ -263,7 +258,7 @@ Linear read_linear(const char* op, const Tensor& input, const Tensor& linear_wei
 void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbias) {
   LinearCrossEntropyParams& p = l.params;
   const auto output = [&](const Tensor* like, void** data) {
-    if (!like) return fastlm::new_tensor({0}, loss.dtype);
+    if (!like) return new_tensor({0}, loss.dtype);
     Tensor t = torch::stable::empty_like(*like);
     back_with_huge_pages(t);
     *data = t.mutable_data_ptr();
@@ -278,7 +273,7 @@ void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbi
   p.S = loss.S;
   p.token = loss.token;
   const auto& table = kernels().linear_cross_entropy;
-  const Tensor scratch = fastlm::new_tensor({table.scratch_bytes[l.dtype](p)}, ScalarType::Byte);
+  const Tensor scratch = new_tensor({table.scratch_bytes[l.dtype](p)}, ScalarType::Byte);
   back_with_huge_pages(scratch);
   p.scratch = scratch.mutable_data_ptr();
   table.run[l.dtype](p);
@@ -296,8 +291,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   STD_TORCH_CHECK(reduction != kNone || !(input_gradient || weight_gradient || bias_gradient),
                   "fastlm::linear_cross_entropy: the upstream gradient is known for a scalar loss alone");
   const std::vector<int64_t> shape = token_shape(Ints(linear.logits.data(), linear.logits.size()));
-  const Tensor loss = new_tensor(shape, l.compute), lse = new_tensor(shape, l.compute);
-  const Tensor low = new_tensor(shape, l.compute);
+  const Ints tokens(shape.data(), shape.size());
+  const Tensor loss = new_tensor(tokens, l.compute), lse = new_tensor(tokens, l.compute);
+  const Tensor low = new_tensor(tokens, l.compute);
   l.token.loss = loss.mutable_data_ptr();
   l.token.lse = lse.mutable_data_ptr();
   l.token.low = low.mutable_data_ptr();
