@@ -7,8 +7,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
+from fastlm.ops import (
+    KERNEL_DTYPES,
+    autocast_is_on,
+    is_tiny,
+    requires_grad,
+    transforms_are_off,
+    under_transform,
+)
 from fastlm.ops import attention as ops_attention
-from fastlm.ops import autocast_is_on, under_transform
 
 
 def _attention_error(message: str) -> ValueError:
@@ -30,6 +37,48 @@ def _check_scale(name: str, scale: float | None, D: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale is {scale}, expected a finite number")
     return float(scale)
+
+
+def _is_tiny(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether plain PyTorch serves a call without options, since it is faster. Not where a gradient may
+    be asked for: its kernel has no second derivatives and no forward-mode AD. Its checks let a value pass
+    that has fewer rows than key, and it reads behind them: shapes are compared here."""
+    return (
+        query.is_cpu
+        and not requires_grad(query, key, value)
+        and is_tiny("scaled_dot_product_attention", query.numel())
+        and query.dtype in KERNEL_DTYPES
+        and not query.is_nested
+        and query.shape == key.shape == value.shape
+        and transforms_are_off()
+    )
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether these are dense (B, H, T, D) on the CPU that fit, as they mostly come: a quarter of the time
+    that the checks below take, which any others go through."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return False
+    q, k, v, dtype = query.shape, key.shape, value.shape, query.dtype
+    return (
+        len(q) == 4
+        and (q == k == v or _fit(q, k, v, enable_gqa))
+        and dtype in KERNEL_DTYPES
+        and key.dtype is dtype
+        and value.dtype is dtype
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and query.layout is key.layout is value.layout is torch.strided
+    )
+
+
+def _fit(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> bool:
+    if len(k) != 4 or k[:3] != v[:-1] or k[0] != q[0] or k[3] != q[3]:
+        return False
+    return k[1] == q[1] or (enable_gqa and k[1] > 0 and q[1] % k[1] == 0)
 
 
 def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -215,12 +264,28 @@ def scaled_dot_product_attention(
         ValueError: shapes, devices or layouts that don't fit, options out of range.
         TypeError: an unsupported or unequal dtype.
 
+    A tiny call on the CPU (see :data:`fastlm.ops.TINY`) with nothing but defaults and `is_causal`, and
+    without gradients, is PyTorch's own.
+
     Gradients are deterministic. Second derivatives, forward-mode AD and :mod:`torch.func` transforms go
     through :func:`fastlm.reference.scaled_dot_product_attention`.
 
     Method: FlashAttention-2 (arXiv:2307.08691) with online softmax (arXiv:1805.02867).
     """
-    if reference.is_causal_bias(attn_mask):
+    if (
+        attn_mask is alibi_slopes is sinks is scale is None
+        and not (dropout_p or softcap or enable_gqa or return_lse)
+        and window_size == (-1, -1)
+        and not has_torch_function_variadic(query, key, value)
+        and isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and _is_tiny(query, key, value)
+    ):
+        try:
+            return torch._C._nn.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # arguments that don't fit: the checks below say so
+    if attn_mask is not None and reference.is_causal_bias(attn_mask):
         if is_causal:
             raise _attention_error("a CausalBias as attn_mask cannot be combined with is_causal=True")
         if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.size(-2), key.size(-2)):
@@ -241,7 +306,9 @@ def scaled_dot_product_attention(
             x.to(low) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (query, key, value, attn_mask)
         )
-    _check_attention_inputs(query, key, value)
+    usual = _is_usual(query, key, value, enable_gqa)
+    if not usual:
+        _check_attention_inputs(query, key, value)
     if attn_mask is not None:
         _check_mask(attn_mask, query)
     if not 0.0 <= dropout_p <= 1.0:
@@ -250,10 +317,13 @@ def scaled_dot_product_attention(
         _check_window("fastlm.scaled_dot_product_attention", window_size)
     if not 0.0 <= softcap < math.inf:
         raise _attention_error(f"softcap is {softcap}, expected a finite number >= 0")
-    scale = _check_scale("fastlm.scaled_dot_product_attention", scale, query.size(-1))
-    if enable_gqa:
-        key, value = _share_heads(query, key, value)
-    q, k, v, mask, shape = _four_dimensions(query, key, value, attn_mask, enable_gqa)
+    scale = _check_scale("fastlm.scaled_dot_product_attention", scale, query.shape[-1])
+    if usual and attn_mask is None:
+        q, k, v, mask, shape = query, key, value, None, None
+    else:
+        if enable_gqa:
+            key, value = _share_heads(query, key, value)
+        q, k, v, mask, shape = _four_dimensions(query, key, value, attn_mask, enable_gqa)
     B, H, Tq, _ = q.shape
     if mask is not None and shape is None:
         full = (B, H, Tq, k.size(2))
@@ -270,29 +340,20 @@ def scaled_dot_product_attention(
     transformed = under_transform(query, key, value, attn_mask, alibi_slopes, sinks)
     backend = "eager" if transformed else ops_attention.choose("scaled_dot_product_attention", query, value)
     if backend == "eager":
-        out, lse = reference.scaled_dot_product_attention(
+        result = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True, seed=seed,
+            alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse, seed=seed,
         )  # fmt: skip
     else:
-        out, lse = ops_attention.attention(
-            backend,
-            q,
-            k,
-            v,
-            mask,
-            alibi_slopes,
-            sinks,
-            seed,
-            float(dropout_p),
-            is_causal,
-            *window_size,
-            scale,
-            float(softcap),
-        )
-    if shape is not None:
-        out, lse = out.reshape(*shape, v.size(-1)), lse.reshape(shape)
-    return (out, lse) if return_lse else out
+        result = ops_attention.attention(
+            backend, return_lse, q, k, v, mask, alibi_slopes, sinks, seed, float(dropout_p), is_causal,
+            *window_size, scale, float(softcap),
+        )  # fmt: skip
+    if shape is None:
+        return result
+    out, lse = result if return_lse else (result, None)
+    out = out.reshape(*shape, v.size(-1))
+    return (out, lse.reshape(shape)) if return_lse else out
 
 
 def _check_varlen(
@@ -425,10 +486,7 @@ def varlen_attn(
         x if x is None or (x.dtype == torch.int32 and x.is_contiguous()) else x.to(torch.int32).contiguous()
         for x in (cu_seq_q, cu_seq_k, seqused_k, block_table)
     )
-    out, lse = ops_attention.varlen_attention(
-        backend, query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, *window_size,
-        scale, 0 if num_splits is None else num_splits,
+    return ops_attention.varlen_attention(
+        backend, return_aux is not None and return_aux.lse, query, key, value, cu_seq_q, cu_seq_k, seqused_k,
+        block_table, max_q, max_k, *window_size, scale, 0 if num_splits is None else num_splits,
     )  # fmt: skip
-    if return_aux is not None and return_aux.lse:
-        return out, lse
-    return out

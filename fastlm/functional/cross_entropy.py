@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.ops import autocast_is_on, choose_backend, under_transform
+from fastlm.ops import autocast_is_on, choose_backend, is_tiny, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
 
@@ -128,7 +128,9 @@ def cross_entropy(
         (1 - e)\, w_y (\mathrm{lse} - x_y) + \frac{e}{C} \sum_c w_c (\mathrm{lse} - x_c)
         + z \cdot \mathrm{lse}^2
 
-    Loss and gradient are computed in one sweep over the logits.
+    Loss and gradient are computed in one sweep over the logits. A tiny call on the CPU (see
+    :data:`fastlm.ops.TINY`), with class indices and none of the options below that PyTorch lacks, is
+    PyTorch's own.
 
     Args:
         input (Tensor): logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32,
@@ -173,6 +175,20 @@ def cross_entropy(
             reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             return_lse=return_lse,
         )  # fmt: skip
+    if (
+        size_average is reduce is None
+        and not (z_loss or softcap or return_lse)
+        and input.is_cpu
+        and target.dtype is torch.int64
+        and is_tiny("cross_entropy", input.numel())
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        try:
+            return torch._C._nn.cross_entropy_loss(
+                input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
+            )
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            pass  # arguments that don't fit: the checks below say so
     name = "fastlm.cross_entropy"
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)

@@ -12,7 +12,12 @@ from torch.autograd import forward_ad
 
 from fastlm import _C, cuda, triton
 
-KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+# Function -> the size (elements of query, logits) up to which a call on the CPU is tiny. A library's
+# operator takes some 5 us to reach its kernel, through Python and the dispatcher, and plain PyTorch has
+# answered by then. It serves tiny calls that ask for nothing but what it does too.
+TINY = {"scaled_dot_product_attention": 1 << 11, "cross_entropy": 1 << 13}
 
 # ---- families of kernels -------------------------------------------------------------------
 # A family is a module that offers
@@ -145,10 +150,12 @@ def choose_backend(
     """The backend for a call of ``fastlm.<function>`` whose main input is `tensor`, or for its backward.
 
     `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
-    it then, unless another backend is forced.
+    it then, unless another backend is forced. The functions in TINY ask `is_tiny` before.
     """
     if _forced is None:
         if unsupported is None and tensor.dtype in KERNEL_DTYPES:
+            if tensor.is_cpu:
+                return "cpu"  # which `_native` says too, in three times the time
             operators = _native.get(tensor.device.type)
             for name, asked in operators[OPERATORS[function][backward]] if operators else ():
                 if asked(tensor) and FAMILIES[name].refuses(function, tensor) is None:
@@ -159,6 +166,12 @@ def choose_backend(
         if reason is not None:
             raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
     return _forced
+
+
+def is_tiny(function: str, size: int) -> bool:
+    """Whether plain PyTorch serves a call of this size (see TINY) on the CPU, since it is faster. Never
+    where a backend is forced, nor in a compiled program, whose calls cost less."""
+    return _forced is None and not torch.compiler.is_compiling() and 0 < size <= TINY[function]
 
 
 def _refusal(family, function: str, tensor: torch.Tensor) -> str | None:
@@ -233,14 +246,20 @@ def autocast_is_on(device: torch.device) -> bool:
     return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
+_interpreter = torch._C._functorch.peek_interpreter_stack
+
+
+def transforms_are_off() -> bool:
+    """No functorch transform is at work and no level of forward-mode AD is open: a cheap first question."""
+    return _interpreter() is None and forward_ad._current_level < 0
+
+
 def under_transform(*tensors: torch.Tensor | None) -> bool:
     """Whether a functorch transform or forward-mode AD is at work: kernels have no rule for these,
     the reference formulas compose with all of them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforms_are_off():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return forward_ad._current_level >= 0 and any(
+    return _interpreter() is not None or any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
@@ -248,9 +267,27 @@ def under_transform(*tensors: torch.Tensor | None) -> bool:
 def batched(*gradients: torch.Tensor | None) -> bool:
     """Whether a backward runs for a batch of upstream gradients at once (``is_grads_batched``, a vmap
     over it): kernels can't read these, the reference formulas can."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
-    )
+    if _interpreter() is not None:
+        return True
+    for g in gradients:
+        if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
+            return True
+    return False
+
+
+def requires_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether the result of a call with these is to be differentiable."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def eager_call(function: type[torch.autograd.Function]):
+    """function.apply without its search for functorch's wrappers, a microsecond for each of the arguments:
+    callers ask `under_transform` first."""
+    return super(torch.autograd.Function, function).apply
 
 
 def reference_backward(function, inputs, needs_grad, grad_outputs):

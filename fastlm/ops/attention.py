@@ -13,10 +13,12 @@ from fastlm import reference
 from fastlm.ops import (
     batched,
     choose_backend,
+    eager_call,
     kernel,
     reference_backward,
     register_autograd,
     register_fake,
+    requires_grad,
 )
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -28,7 +30,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def choose(function: str, query: Tensor, value: Tensor, *, backward: bool = False) -> str:
     """The backend; kernels may have a largest head size, of query and key or of value."""
-    widest = query if query.size(-1) >= value.size(-1) else value
+    widest = query if query.is_cpu or query.size(-1) >= value.size(-1) else value  # not on the CPU
     return choose_backend(function, widest, backward=backward)
 
 
@@ -73,11 +75,9 @@ def _(dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, r
 # ---- autograd: each pair of functions serves torch.library and the eager autograd.Function ----
 
 
-def _setup(ctx, inputs, output):
-    query, key, value, attn_mask, alibi_slopes, sinks, seed, *options = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse)
-    ctx.options = options
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
     ctx.set_materialize_grads(False)
 
 
@@ -111,13 +111,12 @@ def _gradients(ctx, dout, dlse):
     return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
 
 
-def _varlen_setup(ctx, inputs, output):
+def _varlen_save(ctx, inputs, output):
     query, key, value, cu_q, cu_k, seqused_k, block_table, *options = inputs
-    out, lse = output
     if seqused_k is not None or block_table is not None:
         name = "seqused_k" if seqused_k is not None else "block_table"
         raise RuntimeError(f"fastlm.varlen_attn: {name} is for inference only, but a gradient is required")
-    ctx.save_for_backward(query, key, value, cu_q, cu_k, out, lse)
+    ctx.save_for_backward(query, key, value, cu_q, cu_k, *output)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
@@ -148,54 +147,57 @@ def _varlen_gradients(ctx, dout, dlse):
     return tuple(grads) + nones
 
 
-register_autograd("attention_forward", _gradients, _setup)
-register_autograd("varlen_attention_forward", _varlen_gradients, _varlen_setup)
+register_autograd("attention_forward", _gradients, _save)
+register_autograd("varlen_attention_forward", _varlen_gradients, _varlen_save)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, op = inputs
+    def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, op, inputs, return_lse):
         with _below_autograd():
             output = op(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+        _save(ctx, inputs, output)
+        return output if return_lse else output[0]
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        return *_gradients(ctx, dout, dlse), None
+    def backward(ctx, dout, dlse=None):
+        return _gradients(ctx, dout, dlse)[:9]
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, op = inputs
+    def forward(ctx, query, key, value, op, inputs, return_lse):
         with _below_autograd():
             output = op(*inputs)
-        _varlen_setup(ctx, inputs, output)
-        return output
+        _varlen_save(ctx, inputs, output)
+        return output if return_lse else output[0]
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        return *_varlen_gradients(ctx, dout, dlse), None
+    def backward(ctx, dout, dlse=None):
+        return _varlen_gradients(ctx, dout, dlse)[:6]
 
 
-def _run(op, function, inputs, differentiable):
+_attention, _varlen_attention = eager_call(_Attention), eager_call(_VarlenAttention)
+
+
+def _run(op, function, inputs, differentiable, return_lse):
     """The operator, by the shortest way that keeps gradients: torch.library's own autograd costs tens
     of microseconds a call, and is left to the compiler, which traces through it."""
     if torch.compiler.is_compiling():
-        return op(*inputs)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:differentiable]):
-        return function.apply(*inputs, op)
-    with _below_autograd():
-        return op(*inputs)
+        output = op(*inputs)
+    elif requires_grad(*inputs[:differentiable]):
+        return function(*inputs[:differentiable], op, inputs, return_lse)
+    else:
+        with _below_autograd():
+            output = op(*inputs)
+    return output if return_lse else output[0]
 
 
-def attention(backend: str, *inputs) -> tuple[Tensor, Tensor]:
-    """out and lse; the arguments are those of the schema of fastlm::attention_forward."""
-    return _run(kernel(backend, "attention_forward"), _Attention, inputs, 6)
+def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or out and lse; inputs are those of the schema of fastlm::attention_forward."""
+    return _run(kernel(backend, "attention_forward"), _attention, inputs, 6, return_lse)
 
 
-def varlen_attention(backend: str, *inputs) -> tuple[Tensor, Tensor]:
-    """out and lse; the arguments are those of the schema of fastlm::varlen_attention_forward."""
-    return _run(kernel(backend, "varlen_attention_forward"), _VarlenAttention, inputs, 3)
+def varlen_attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or out and lse; inputs are those of the schema of fastlm::varlen_attention_forward."""
+    return _run(kernel(backend, "varlen_attention_forward"), _varlen_attention, inputs, 3, return_lse)

@@ -29,6 +29,7 @@ from fastlm import reference
 from fastlm.ops import (
     batched,
     choose_backend,
+    eager_call,
     kernel,
     reference_backward,
     register_autograd,
@@ -175,6 +176,9 @@ class _CrossEntropy(torch.autograd.Function):
         return dinput, dtarget, None, None, None, None, None, None
 
 
+_cross_entropy = eager_call(_CrossEntropy)
+
+
 def cross_entropy(
     backend: str,
     input: Tensor,
@@ -199,7 +203,7 @@ def cross_entropy(
         fused = (
             reduction != 0 and not return_lse and not target.requires_grad and input.dtype != torch.float16
         )
-        return _CrossEntropy.apply(input, target, weight, return_lse, full_precision, fused, options, op)
+        return _cross_entropy(input, target, weight, return_lse, full_precision, fused, options, op)
     with _below_autograd():
         loss, lse, *_ = op(input, target, weight, *options, return_lse, full_precision, False)
     return (loss, lse) if return_lse else loss
@@ -325,6 +329,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
+_linear_cross_entropy = eager_call(_LinearCrossEntropy)
+
+
 def linear_cross_entropy(
     backend: str,
     input: Tensor,
@@ -351,7 +358,7 @@ def linear_cross_entropy(
     if differentiated and not torch.compiler.is_compiling():
         # float16: see cross_entropy.
         fused = reduction != 0 and not return_lse and input.dtype != torch.float16
-        return _LinearCrossEntropy.apply(
+        return _linear_cross_entropy(
             input, linear_weight, linear_bias, target, weight, return_lse, full_precision, fused,
             options, op,
         )  # fmt: skip

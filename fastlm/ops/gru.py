@@ -23,10 +23,12 @@ from fastlm import reference
 from fastlm.ops import (
     batched,
     choose_backend,
+    eager_call,
     kernel,
     reference_backward,
     register_autograd,
     register_fake,
+    requires_grad,
     under_transform,
 )
 
@@ -131,6 +133,9 @@ class _Layer(torch.autograd.Function):
         return None, dx, None, dhx, None, None, None, None, *dw
 
 
+_layer = eager_call(_Layer)
+
+
 def gru_layer(
     backend: str,
     input: Tensor,
@@ -146,9 +151,12 @@ def gru_layer(
     if under_transform(input, hx, *weights):
         return reference.gru_layer(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout)
     op = kernel(backend, "gru_layer")
-    save = torch.is_grad_enabled() and (
-        input.requires_grad or hx.requires_grad or any(w.requires_grad for w in weights)
-    )
-    if save and not torch.compiler.is_compiling():
-        return _Layer.apply(op, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights)
-    return op(input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)[:2]
+    save = requires_grad(input, hx, *weights)
+    compiling = torch.compiler.is_compiling()
+    if save and not compiling:
+        return _layer(op, input, batch_sizes, hx, update, has_biases, layer_norm, zoneout, *weights)
+    arguments = (input, batch_sizes, hx, weights, has_biases, layer_norm, update, zoneout, save)
+    if compiling:
+        return op(*arguments)[:2]
+    with _below_autograd():
+        return op(*arguments)[:2]
