@@ -157,7 +157,8 @@ def choose_backend(
             if tensor.is_cpu:
                 return "cpu"  # which `_native` says too, in three times the time
             operators = _native.get(tensor.device.type)
-            for name, asked in operators[OPERATORS[function][backward]] if operators else ():
+            operator = OPERATORS[function][1 if backward else 0]  # torch.compile of 2.11 knows no bool there
+            for name, asked in operators[operator] if operators else ():
                 if asked(tensor) and FAMILIES[name].refuses(function, tensor) is None:
                     return name
         return "eager"
