@@ -51,7 +51,7 @@ FASTLM_DEVICE void copy_keys(const AttentionParams& p, const Sequence& s, const 
   }
   constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAtOnce = THREADS / kChunks;
   const int c = int(threadIdx.x) % kChunks;
-#pragma unroll 4
+#pragma unroll kCopiesUnrolled
   for (int row = int(threadIdx.x) / kChunks; row < ROWS; row += kAtOnce) {
     const bool valid = first + row < s.Tk && c * kPerVector<T> < columns;
     const T* const key = valid ? base + key_offset(p, s, at, b, h, first + row) + c * kPerVector<T> : base;
@@ -234,12 +234,12 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
   const AttentionParams& a = p.a;
 
   // The last rows of a causal sequence see the most keys: these blocks go first.
-  int x = int(blockIdx.x);
-  const int split = x % p.splits;
+  int64_t x = blockIdx.x;  // in 32 bits, what follows takes more registers than there are
+  const int split = int(x % p.splits);
   x /= p.splits;
-  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - x % p.blocks) * block_rows;
+  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % p.blocks)) * block_rows;
   x /= p.blocks;
-  const int hkv = x % a.Hkv, b = x / a.Hkv;
+  const int hkv = int(x % a.Hkv), b = int(x / a.Hkv);
   const Sequence s = sequence_of(a, b);
   const int rows = s.Tq * a.group;
   const KeySplits splits = splits_of(p, s.Tk);
