@@ -65,6 +65,7 @@ FASTLM_DEVICE void copy_queries(const AttentionParams& p, const Sequence& s, Til
                                 int first, int size) {
   constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
   const T* const base = static_cast<const T*>(p.q);
+#pragma unroll kCopiesUnrolled
   for (int x = int(threadIdx.x); x < size * kChunks; x += THREADS) {
     const int r = first + x / kChunks, c = x % kChunks;
     const bool valid = r < s.Tq * p.group && c * kPerVector<T> < p.D;
@@ -231,15 +232,16 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
   using Shape = ForwardShape<T, kD, OPTIONS>;
   constexpr int kThreads = 32 * Shape::kWarps, kM = Shape::kTiles, kN = kD / 8, kRows = 16 * kM;
   constexpr int kPiece = Shape::kPiece;
+  constexpr bool kAllMasked = OPTIONS && kD == 256;  // no registers are left for where the whole pieces are
   const AttentionParams& a = p.a;
 
   // The last rows of a causal sequence see the most keys: these blocks go first.
-  int64_t x = blockIdx.x;  // in 32 bits, what follows takes more registers than there are
-  const int split = int(x % p.splits);
-  x /= p.splits;
-  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % p.blocks)) * block_rows;
-  x /= p.blocks;
-  const int hkv = int(x % a.Hkv), b = int(x / a.Hkv);
+  uint32_t x = blockIdx.x;
+  const int split = int(x % uint32_t(p.splits));
+  x /= uint32_t(p.splits);
+  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % uint32_t(p.blocks))) * block_rows;
+  x /= uint32_t(p.blocks);
+  const int hkv = int(x % uint32_t(a.Hkv)), b = int(x / uint32_t(a.Hkv));
   const Sequence s = sequence_of(a, b);
   const int rows = s.Tq * a.group;
   const KeySplits splits = splits_of(p, s.Tk);
@@ -297,7 +299,7 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
           logits<T>(a, s, reinterpret_cast<float (&)[1][kPiece / 8][4]>(scores[m]),
                     [&](int, int, int c) -> const Row& { return row[m][c / 2]; }, key_at, [](int, int, int, float) {});
       }
-      if (piece < mine.full_begin || piece >= mine.full_end) {
+      if (kAllMasked || piece < mine.full_begin || piece >= mine.full_end) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
