@@ -73,10 +73,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+TINY = fastlm.ops.TINY
+
+
 @pytest.fixture(autouse=True)
 def kernels_for_tiny_calls(monkeypatch):
     """Tests are of few elements, and of the kernels: plain PyTorch takes none of their calls."""
-    monkeypatch.setattr(fastlm.ops, "TINY", dict.fromkeys(fastlm.ops.TINY, 0))
+    monkeypatch.setattr(fastlm.ops, "TINY", dict.fromkeys(TINY, 0))
+
+
+@pytest.fixture
+def tiny_calls_as_shipped(monkeypatch, kernels_for_tiny_calls):
+    """For tests of these, and for bits that another process is to find again."""
+    monkeypatch.setattr(fastlm.ops, "TINY", TINY)
 
 
 @pytest.fixture(params=fastlm._C.isas())

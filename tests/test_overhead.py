@@ -7,12 +7,7 @@ import torch.nn.functional as F
 import fastlm
 from fastlm import ops
 
-LIMITS = dict(ops.TINY)
-
-
-@pytest.fixture(autouse=True)
-def limits(monkeypatch, kernels_for_tiny_calls):
-    monkeypatch.setattr(ops, "TINY", LIMITS)
+pytestmark = pytest.mark.usefixtures("tiny_calls_as_shipped")
 
 
 @pytest.fixture
@@ -79,7 +74,7 @@ def test_attention_with_gradients_has_second_derivatives(served):
 
 
 def test_kernels_serve_what_is_larger_and_what_eager_lacks(served):
-    x, y = logits(2, LIMITS["cross_entropy"])
+    x, y = logits(2, ops.TINY["cross_entropy"])
     fastlm.cross_entropy(x, y)
     x, y = logits(4, 8)
     fastlm.cross_entropy(x, y, z_loss=1e-4)

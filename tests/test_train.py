@@ -99,7 +99,7 @@ def test_resumed_to_the_bit(options, tmp_path, model):
         assert weights(folder) == weights(tmp_path / "whole")
 
 
-def test_resumed_after_sigkill(options, tmp_path):
+def test_resumed_after_sigkill(options, tmp_path, tiny_calls_as_shipped):
     """A process killed from outside, at a moment that nothing in it chose."""
     options = options(max_steps=400, save_every=20, eval_every=100)
     start(options, tmp_path / "whole").train()

@@ -89,12 +89,8 @@ def _on_gpu() -> dict[str, Rules]:
     return {operator: tuple(rule for rule in rules if there[rule[0]]) for operator, rules in ON_GPU.items()}
 
 
-# Device type -> operator -> the families that serve it unless another is forced.
-_native: dict[str, dict[str, Rules]] = {
-    "cpu": dict.fromkeys(ON_GPU, (("cpu", always),)),
-    "meta": dict.fromkeys(ON_GPU, (("cpu", always),)),
-    "cuda": _on_gpu(),
-}
+# Device type -> the family that serves every call unless another is forced, or operator -> the families.
+_native: dict[str, str | dict[str, Rules]] = {"cpu": "cpu", "meta": "cpu", "cuda": _on_gpu()}
 _forced: str | None = None
 
 # ---- choice --------------------------------------------------------------------------------
@@ -154,11 +150,11 @@ def choose_backend(
     """
     if _forced is None:
         if unsupported is None and tensor.dtype in KERNEL_DTYPES:
-            if tensor.is_cpu:
-                return "cpu"  # which `_native` says too, in three times the time
-            operators = _native.get(tensor.device.type)
+            native = _native.get(tensor.device.type)
+            if type(native) is str:
+                return native
             operator = OPERATORS[function][1 if backward else 0]  # torch.compile of 2.11 knows no bool there
-            for name, asked in operators[operator] if operators else ():
+            for name, asked in native[operator] if native else ():
                 if asked(tensor) and FAMILIES[name].refuses(function, tensor) is None:
                     return name
         return "eager"

@@ -30,7 +30,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def choose(function: str, query: Tensor, value: Tensor, *, backward: bool = False) -> str:
     """The backend; kernels may have a largest head size, of query and key or of value."""
-    widest = query if query.is_cpu or query.size(-1) >= value.size(-1) else value  # not on the CPU
+    widest = query if query.size(-1) >= value.size(-1) else value
     return choose_backend(function, widest, backward=backward)
 
 
