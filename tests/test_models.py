@@ -202,6 +202,7 @@ def test_exports_with_any_batch_and_length(model):
 
 
 def test_save_and_load(model, tmp_path):
+    pytest.importorskip("safetensors")
     model.save_pretrained(tmp_path, note="kept")
     loaded = from_pretrained(tmp_path)
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
@@ -213,6 +214,7 @@ def test_save_and_load(model, tmp_path):
 
 
 def test_bad_checkpoints(tmp_path):
+    pytest.importorskip("safetensors")
     model = build(CONFIGS["gpt2"])
     with pytest.raises(ValueError, match=r"no model here \(config.json is missing\)"):
         from_pretrained(tmp_path)
