@@ -66,13 +66,13 @@ inline void check_device(const Tensor& t, const Tensor& like, const char* op, co
 inline Tensor new_strided(Ints size, Ints strides, ScalarType dtype, const Tensor* like) {
   int32_t device = aoti_torch_device_type_cpu(), index = 0;
   if (like) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
   }
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type,
-                                                         device, index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type, device,
+                                                  index, &made));
   return Tensor(made);
 }
 
