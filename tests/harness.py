@@ -249,6 +249,16 @@ def check_bits(operator: Operator, id: str, dtype: torch.dtype, device: torch.de
         assert torch.equal(bits(a), bits(b))
 
 
+def check_compiled(operator: Operator, arguments, backend: str = "inductor") -> None:
+    """Compiled whole: values and gradients of eager mode."""
+    torch.compiler.reset()
+    compiled = torch.compile(operator.function, fullgraph=True, backend=backend)
+    outputs, gradients, cotangents = run(compiled, arguments, 0)
+    expected, expected_gradients, _ = run(operator.function, arguments, 0, cotangents)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 def check_autocast(operator: Operator, case: Case, to: torch.dtype, device: torch.device) -> None:
     """Under autocast: dtypes are eager's, values as exact; gradients come in the inputs' dtype."""
 

@@ -6,7 +6,16 @@ Where there is no GPU, what needs none runs on the CUDA kernels in a model of a 
 import pytest
 import torch
 from cases import OPERATORS
-from harness import bits, check_autocast, differentiable, map_tensors, on_device, run, tensors_of
+from harness import (
+    bits,
+    check_autocast,
+    check_compiled,
+    differentiable,
+    map_tensors,
+    on_device,
+    run,
+    tensors_of,
+)
 from test_operators import check_registration, recorded_calls
 
 import fastlm
@@ -46,15 +55,8 @@ def test_registration(operator, device):
 
 @every_operator
 def test_compiles_whole(operator, device):
-    """Values and gradients of eager mode."""
-    arguments = sample(operator, device)
-    torch.compiler.reset()
     backend = "inductor" if device.type == "cuda" else "aot_eager"
-    compiled = torch.compile(operator.function, fullgraph=True, backend=backend)
-    outputs, gradients, cotangents = run(compiled, arguments, 0)
-    expected, expected_gradients, _ = run(operator.function, arguments, 0, cotangents)
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
+    check_compiled(operator, sample(operator, device), backend)
 
 
 # In float16: cuDNN's GRU takes no other type under autocast.

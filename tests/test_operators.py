@@ -3,7 +3,16 @@
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, OPERATORS, Draw
-from harness import bits, compare, cotangents_for, differentiable, map_tensors, run, tensors_of
+from harness import (
+    bits,
+    check_compiled,
+    compare,
+    cotangents_for,
+    differentiable,
+    map_tensors,
+    run,
+    tensors_of,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -300,12 +309,7 @@ def test_compiles_whole(operator, case):
 def test_compiles_with_inductor(operator):
     case = next(case for case in operator.cases if not case.random)
     arguments = case.build(torch.float32, 0)
-    torch.compiler.reset()
-    compiled = torch.compile(operator.function, fullgraph=True)
-    outputs, gradients, cotangents = run(compiled, arguments, 0)
-    expected, expected_gradients, _ = run(operator.function, arguments, 0, cotangents)
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
+    check_compiled(operator, arguments)
 
 
 # ---- transforms ----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from fastlm.ops import (
     reference_backward,
     register_autograd,
     register_fake,
+    requires_grad,
 )
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -198,7 +199,7 @@ def cross_entropy(
     if torch.compiler.is_compiling():
         loss, lse, *_ = op(input, target, weight, *options, return_lse, full_precision, False)
         return (loss, lse) if return_lse else loss
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+    if requires_grad(input, target):
         # float16: the gradients of a mean underflow unless the loss scale is in them from the start.
         fused = (
             reduction != 0 and not return_lse and not target.requires_grad and input.dtype != torch.float16
@@ -350,12 +351,7 @@ def linear_cross_entropy(
     """The operator with autograd, arguments checked and converted already."""
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
     op = kernel(backend, "linear_cross_entropy")
-    differentiated = torch.is_grad_enabled() and (
-        input.requires_grad
-        or linear_weight.requires_grad
-        or (linear_bias is not None and linear_bias.requires_grad)
-    )
-    if differentiated and not torch.compiler.is_compiling():
+    if requires_grad(input, linear_weight, linear_bias) and not torch.compiler.is_compiling():
         # float16: see cross_entropy.
         fused = reduction != 0 and not return_lse and input.dtype != torch.float16
         return _linear_cross_entropy(

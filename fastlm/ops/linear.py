@@ -166,9 +166,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
         return y if activation is None else ACTIVATIONS[activation].function(y)
     dtype, ways = found
     act = None if activation is None else ACTIVATIONS[activation]
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if ops.requires_grad(input, weight, bias):
         y = _Linear.apply(input, weight, bias, dtype, *ways)
         return y if act is None else act.function(y)
     if act is not None and ways[0] == "onednn":
