@@ -419,9 +419,8 @@ def main() -> int:
     chosen = [w for w in chosen if not options.words or any(word in w.name for word in options.words)]
     folder = options.output or ROOT / "benchmarks" / "results" / time.strftime("gpu-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
-    if (
-        device.type == "cuda"
-    ):  # float32 is float32 in every contender: torch lets cuDNN's GRU multiply it in tf32
+    if device.type == "cuda":
+        # float32 is float32 in every contender: torch lets cuDNN's GRU multiply it in tf32.
         torch.backends.cudnn.allow_tf32 = False
     about, good = facts(device), True
     report = Report(folder, about)

@@ -5,7 +5,7 @@ timed: the best guess is taken at once."""
 import contextlib
 import json
 import os
-import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 
@@ -13,28 +13,31 @@ def wanted() -> bool:
     return os.environ.get("FASTLM_AUTOTUNE") != "0"
 
 
-class Record:
-    """What was chosen for one key, in the file of this name."""
+def choice(name: str, key: str, choices: Collection[str], fastest: Callable[[], str]) -> str:
+    """Which of `choices` is kept for `key` in the file of this name; if none is, what `fastest` finds.
 
-    def __init__(self, name: str, key: str):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "tuned"
-        self.path = folder / f"{name.replace(' ', '-').replace('/', '-')}.json"
-        self.key = key
-
-    def _all(self) -> dict[str, str]:
-        try:
-            return json.loads(self.path.read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-
-    def read(self) -> str | None:
-        return self._all().get(self.key)
-
-    def write(self, chosen: str) -> None:
-        """Replaces the file whole, so that another process never reads half of it. A cache that can't
-        be written, as in a home that is read-only, costs the next program its time only."""
+    A file has a line for each key, and lines are only ever added, each by one write: of two programs that
+    time at once, the one that writes first decides for both. A cache that can't be written, as in a home
+    that is read-only, costs the next program its time only.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "tuned"
+    path = folder / f"{name.replace(' ', '-').replace('/', '-')}.jsonl"
+    kept = _kept(path, key, choices)
+    if kept is None:
+        found = fastest()
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump(self._all() | {self.key: chosen}, file, indent=1)
-            os.replace(file.name, self.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab", buffering=0) as file:
+                file.write(f"{json.dumps([key, found])}\n".encode())
+        kept = _kept(path, key, choices) or found
+    return kept
+
+
+def _kept(path: Path, key: str, choices: Collection[str]) -> str | None:
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # of a program that was stopped as it wrote
+                match json.loads(line):
+                    case [str(found), str(chosen)] if found == key and chosen in choices:
+                        return chosen
+    return None

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
+from fastlm import tuned
 from fastlm.ops import linear as ops_linear
 from fastlm.ops import products
 
@@ -360,8 +361,19 @@ def test_each_product_goes_its_fastest_way(fresh, monkeypatch):
     forget(monkeypatch)  # another process: reads the file
     fastlm.linear(x, w)
     assert len(asked) == 4
-    (file,) = fresh.rglob("linear-*.json")
-    assert sorted(json.loads(file.read_text()).values()) == ["float32", "onednn", "onednn", "torch"]
+    (file,) = fresh.rglob("linear-*.jsonl")
+    kept = [json.loads(line)[1] for line in file.read_text().splitlines()]
+    assert sorted(kept) == ["float32", "onednn", "onednn", "torch"]
+
+
+def test_of_two_programs_that_time_at_once_the_first_decides(fresh):
+    def slower():
+        assert tuned.choice("name", "key", ("a", "b"), lambda: "a") == "a"  # the other program
+        return "b"
+
+    assert tuned.choice("name", "key", ("a", "b"), slower) == "a"
+    assert tuned.choice("name", "key", ("c", "d"), lambda: "c") == "c"  # what is no choice any more
+    assert tuned.choice("name", "other", ("a", "b"), lambda: "b") == "b"
 
 
 def test_a_narrow_win_or_a_failure_leaves_torchs(fresh, monkeypatch):

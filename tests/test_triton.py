@@ -1,6 +1,5 @@
 """The Triton kernels by the tables of cases: in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0."""
 
-import json
 import os
 
 import pytest
@@ -185,9 +184,9 @@ def test_choice_is_timed_once_and_kept(monkeypatch, tmp_path):
     assert choose() == configs[1] and timed == configs
     assert choose() == configs[1] and timed == configs  # another process
     assert choose(FLAG=2) == configs[1] and timed == configs * 2
-    (file,) = tmp_path.rglob("*.json")
-    assert len(json.loads(file.read_text())) == 2
-    file.write_text("half a fi")
+    (file,) = tmp_path.rglob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 2
+    file.write_text('["half a li')
     assert choose() == configs[1] and len(timed) == 9
     os.chmod(file.parent, 0o500)  # a cache that can't be written costs time only
     assert choose(FLAG=3) == configs[1]
@@ -221,7 +220,7 @@ def test_tuning_leaves_what_a_kernel_adds_to(monkeypatch, tmp_path):
     expected[:, :6] += a @ b
     out = sums[:, :6]
     matmul.matmul(a, b, out, addend=out)
-    assert list(tmp_path.rglob("*.json"))
+    assert list(tmp_path.rglob("*.jsonl"))
     torch.testing.assert_close(sums, expected)
 
 

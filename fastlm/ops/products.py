@@ -153,14 +153,12 @@ def _choose(product: str, kind: Kind) -> str:
         return "torch"
     shape = _sample_shape(1 << kind.tokens, kind.inputs, kind.outputs)
     what = (product, "x".join(map(str, shape)), *kind[3:6], "rows" if kind.by_rows else "columns")
-    record = tuned.Record(
-        f"linear-{_cpu()}-{torch.__version__}", " ".join(map(str, (*what, f"{kind.threads} threads")))
+    return tuned.choice(
+        f"linear-{_cpu()}-{torch.__version__}",
+        " ".join(map(str, (*what, f"{kind.threads} threads"))),
+        candidates,
+        lambda: _fastest(_samples(product, kind, shape, candidates)),
     )
-    chosen = record.read()
-    if chosen not in candidates:
-        chosen = _fastest(_samples(product, kind, shape, candidates))
-        record.write(chosen)
-    return chosen
 
 
 @functools.cache

@@ -147,13 +147,20 @@ class Kernel:
             return configs[0]
         capturing = torch.cuda.is_current_stream_capturing()
         if not tuned.wanted() or capturing:
-            return next(c for c in configs if self._fits(args, constants, c, target))
-        record = _record(self, target, key)
-        chosen = record.read()
-        if chosen not in map(str, configs):
-            chosen = str(min(configs, key=lambda c: self._time(grid(c.blocks), args, constants, c)))
-            record.write(chosen)
-        return next(c for c in configs if str(c) == chosen)
+            # Where none fits, the launch of the first says how much shared memory it lacks.
+            return next((c for c in configs if self._fits(args, constants, c, target)), configs[0])
+        by_name = {str(c): c for c in configs}
+        # Another source of the kernel or another compiler may have another best configuration.
+        version = f"{triton.__version__}-{self.function.cache_key[:16]}"
+        chosen = tuned.choice(
+            f"{self.name}-{target.name}-{torch.cuda.get_device_name(key[0])}-{version}",
+            " ".join(map(str, key[1:])),
+            by_name,
+            lambda: min(
+                by_name, key=lambda c: self._time(grid(by_name[c].blocks), args, constants, by_name[c])
+            ),
+        )
+        return by_name[chosen]
 
     def _fits(self, args, constants, config, target) -> bool:
         return self.compiled(args, constants, config).metadata.shared <= target.shared_memory
@@ -181,14 +188,6 @@ class Kernel:
 
 def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _record(kernel: Kernel, target: Target, key: tuple) -> tuned.Record:
-    """Of the configuration of one kernel for one key, in a file for each kernel and device."""
-    device = torch.cuda.get_device_name(key[0])
-    # Another source of the kernel or another compiler may have another best configuration.
-    version = f"{triton.__version__}-{kernel.function.cache_key[:16]}"
-    return tuned.Record(f"{kernel.name}-{target.name}-{device}-{version}", " ".join(map(str, key[1:])))
 
 
 # ---- ahead of time -------------------------------------------------------------------------
