@@ -52,7 +52,7 @@ _contexts = 0  # installed() blocks that are open
 def _is_ours(tensors: tuple) -> bool:
     """Whether a kernel family serves a call with these tensors (None where one is not given).
 
-    Others keep torch's function: another device, dtype or layout, nested tensors, tensor subclasses
+    Others keep torch's function: another device (see `install`), dtype or layout, nested tensors, tensor subclasses
     with behaviour of their own, what is traced into a format that has only torch's operators, and
     functorch transforms, which torch's function knows how to batch.
     """
@@ -332,9 +332,10 @@ def install() -> None:
     """Run every program in this process on fastlm, until :func:`uninstall`.
 
     Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, varlen_attn,
-    nn.GRU and nn.GRUCell run on fastlm, from modules made before as well as after; what no kernel
-    serves (device, dtype, tensor subclass, functorch transform) keeps torch's function. A second
-    call changes nothing. Threads see the change at once.
+    nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
+    kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so does a GPU,
+    until it has been measured there what is faster. A second call changes nothing. Threads see the change
+    at once.
     """
     global _by_install
     with _lock:
