@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Train language models on fused kernels, and use them.",
+    help="Train language models on fused kernels, and use them. `fastlm run SCRIPT` runs any program on them.",
 )
 console = Console(highlight=False)
 
