@@ -191,6 +191,20 @@ def test_choice_is_timed_once_and_kept(monkeypatch, tmp_path):
     os.chmod(file.parent, 0o500)  # a cache that can't be written costs time only
     assert choose(FLAG=3) == configs[1]
 
+    def room(elements):  # on a GPU with little shared memory
+        monkeypatch.setattr(
+            launch.Kernel,
+            "_fits",
+            lambda self, args, constants, c, target: c.blocks["BLOCK"] * c.stages <= elements,
+        )
+
+    room(32)
+    assert choose(FLAG=4) == configs[1]._replace(stages=1)
+    room(16)
+    assert choose(FLAG=4) == configs[0]._replace(stages=1)
+    room(8)
+    assert choose(FLAG=4).smaller() is None  # its launch says what is lacking
+
 
 class Event:
     def __init__(self, enable_timing):
@@ -213,6 +227,7 @@ def test_tuning_leaves_what_a_kernel_adds_to(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(launch.Kernel, "_fits", lambda *_: True)
     monkeypatch.setattr(matmul._matmul, "_chosen", {})
     monkeypatch.setattr(matmul._matmul.function, "cache_key", "0123456789abcdef", raising=False)
     a, b, sums = (torch.randn(shape) for shape in ((5, 7), (7, 6), (5, 9)))

@@ -58,6 +58,15 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 2
 
+    def smaller(self) -> "Config | None":
+        """That takes less shared memory; None where nothing is left to take away."""
+        if self.stages > 1:
+            return self._replace(stages=self.stages - 1)
+        name = max(self.blocks, key=self.blocks.get)
+        if self.blocks[name] <= 16:  # the least that tensor cores take
+            return None
+        return self._replace(blocks=self.blocks | {name: self.blocks[name] // 2})
+
     def __str__(self):
         sizes = " ".join(f"{name}={size}" for name, size in self.blocks.items())
         return f"{sizes} warps={self.warps} stages={self.stages}".strip()
@@ -143,24 +152,27 @@ class Kernel:
     def _choose(self, key, grid, args, constants, dtype) -> Config:
         target = target_of(key[0])
         configs = self.configs(target, dtype, **constants)
-        if target.kind == "interpreter" or len(configs) == 1:
+        if target.kind == "interpreter":
             return configs[0]
-        capturing = torch.cuda.is_current_stream_capturing()
-        if not tuned.wanted() or capturing:
-            # Where none fits, the launch of the first says how much shared memory it lacks.
-            return next((c for c in configs if self._fits(args, constants, c, target)), configs[0])
-        by_name = {str(c): c for c in configs}
-        # Another source of the kernel or another compiler may have another best configuration.
-        version = f"{triton.__version__}-{self.function.cache_key[:16]}"
-        chosen = tuned.choice(
-            f"{self.name}-{target.name}-{torch.cuda.get_device_name(key[0])}-{version}",
-            " ".join(map(str, key[1:])),
-            by_name,
-            lambda: min(
-                by_name, key=lambda c: self._time(grid(by_name[c].blocks), args, constants, by_name[c])
-            ),
-        )
-        return by_name[chosen]
+        if len(configs) > 1 and tuned.wanted() and not torch.cuda.is_current_stream_capturing():
+            by_name = {str(c): c for c in configs}
+            # Another source of the kernel or another compiler may have another best configuration.
+            version = f"{triton.__version__}-{self.function.cache_key[:16]}"
+            chosen = tuned.choice(
+                f"{self.name}-{target.name}-{torch.cuda.get_device_name(key[0])}-{version}",
+                " ".join(map(str, key[1:])),
+                by_name,
+                lambda: min(
+                    by_name, key=lambda c: self._time(grid(by_name[c].blocks), args, constants, by_name[c])
+                ),
+            )
+            config = by_name[chosen]
+        else:
+            config = next((c for c in configs if self._fits(args, constants, c, target)), configs[-1])
+        # The lists are for GPUs of 164 KiB and more a block, and AMD's; others have as little as 64.
+        while not self._fits(args, constants, config, target) and (smaller := config.smaller()):
+            config = smaller
+        return config
 
     def _fits(self, args, constants, config, target) -> bool:
         return self.compiled(args, constants, config).metadata.shared <= target.shared_memory
