@@ -363,7 +363,7 @@ def gru_cell_stack(
         b if b is not None else w_ih.new_zeros(w_ih.shape[0]) for b in (b_ih, b_hh)
     ]  # fmt: skip
     output, _ = gru_stack(
-        layer, input.unsqueeze(0), None, hx.unsqueeze(0), [w_ih, w_hh, *biases], bool(biases), 1, 0.0,
+        layer, input.unsqueeze(0), None, hx.unsqueeze(0), [w_ih, w_hh, *biases], len(biases) > 0, 1, 0.0,
         training, False, zoneout, recurrent_dropout, layer_norm,
     )  # fmt: skip
     return output.squeeze(0)

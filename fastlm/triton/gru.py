@@ -415,13 +415,12 @@ def _norm_backward_kernel(dy, gain, normed, rstd, width, dy_row, BLOCK: tl.const
 # ---- configurations and launches ------------------------------------------------------------
 
 
-def _recurrence_configs(target, dtype, **constants):
+def _recurrence_configs(target, dtype, stages=3, **constants):
     """16 rows are the least that tensor cores take: more programs share the batch, and each streams the
     weights; more units at a time make longer products between barriers."""
     if dtype.itemsize == 2:
-        stages = 2 if target.kind == "hip" else 3
         return [
-            Config(dict(BB=16, BU=64, BK=64), 8, stages),
+            Config(dict(BB=16, BU=64, BK=64), 8, 2 if target.kind == "hip" else stages),
             Config(dict(BB=16, BU=128, BK=64), 8, 2),
         ]
     return [Config(dict(BB=16, BU=32, BK=32), 8, 2)]
@@ -431,7 +430,11 @@ def _row_configs(target, dtype, **constants):
     return [Config(dict(BLOCK=1024), 4)]
 
 
-_forward = Kernel(_gru_forward_kernel, _recurrence_configs, restore=("gates", "state"))
+def _forward_configs(target, dtype, *, ZONEOUT, **constants):
+    return _recurrence_configs(target, dtype, 2 if ZONEOUT else 3)  # which needs registers
+
+
+_forward = Kernel(_gru_forward_kernel, _forward_configs, restore=("gates", "state"))
 _backward = Kernel(_gru_backward_kernel, _recurrence_configs, restore=("carry",))
 _norm = Kernel(_norm_kernel, _row_configs, matrix=False)
 _norm_backward = Kernel(_norm_backward_kernel, _row_configs, matrix=False)
