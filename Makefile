@@ -5,6 +5,7 @@
 #                                   with PYTHON=, a Python that has torch, triton and pytest: needs no network
 # make cuda-targets [ARGS=sm_80]    compile the CUDA kernels for every GPU they are for, here or not, and print what
 #                                   became of them; needs nvcc
+# make docs                         build the documentation, into build/docs; a broken link or reference fails
 # make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
 # Each sets up .venv and builds the extension first where that has not been done.
@@ -13,9 +14,10 @@ ARGS ?=
 PY := .venv/bin/python
 DEPENDENCIES := .venv/.dependencies
 LIBRARY := .venv/.library
+DOCS := .venv/.docs
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench gpu-check cuda-targets sanitize lint clean
+.PHONY: setup train test bench gpu-check cuda-targets docs sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -56,6 +58,15 @@ gpu-check:
 
 cuda-targets: setup
 	$(PY) tests/cuda_targets.py $(ARGS)
+
+# The documentation is read from the sources: nothing of it is imported.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@echo build/docs/index.html
+
+$(DOCS): $(DEPENDENCIES)
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	@touch $@
 
 sanitize: setup
 	$(PY) tests/native/run.py

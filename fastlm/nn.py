@@ -216,13 +216,21 @@ class GRU(torch.nn.RNNBase):
     checkpoint of either loads into the other. It derives from :class:`torch.nn.RNNBase` and not from
     :class:`torch.nn.GRU`, because torch.compile refuses every instance of the latter.
 
-    Args beyond those of :class:`torch.nn.GRU` (keyword only):
-        zoneout (float): probability that a unit keeps its state at a step.
-        recurrent_dropout (float): dropped share of the recurrent weights, drawn once per call.
+    Beyond the arguments of :class:`torch.nn.GRU`, and keyword-only:
+
+    Args:
+        zoneout (float): probability in [0, 1] that a unit keeps its state at a step.
+        recurrent_dropout (float): in [0, 1], dropped share of the recurrent weights, drawn once per call.
         layer_norm (bool): layer norms in the gates, with gains ``norm_ih_l[k]`` and ``norm_hh_l[k]``
             (and ``..._reverse``) of shape ``(3 * hidden_size)`` that start at 1.
 
-    Inputs and outputs are those of :class:`torch.nn.GRU`, packed sequences included.
+    Inputs and outputs are those of :class:`torch.nn.GRU`: ``input`` (T, B, I), (B, T, I) with `batch_first`,
+    (T, I) or a packed sequence, and ``hx`` (L D, B, H) or (L D, H); ``output``, as the input with D H features,
+    and ``hn``, as hx. float64, float32, bfloat16 or float16. Formulas and sources stand with the function.
+
+    Raises:
+        ValueError: a probability outside of [0, 1]; an input of another number of dimensions; `proj_size`.
+        RuntimeError: sizes, dtypes or devices that do not fit.
     """
 
     # Those of torch.nn, from which fastlm.convert makes instances without a constructor.
@@ -317,10 +325,20 @@ class GRU(torch.nn.RNNBase):
 class GRUCell(torch.nn.GRUCell):
     """:class:`torch.nn.GRUCell`, run by :func:`fastlm.functional.gru_cell`.
 
-    Args beyond those of :class:`torch.nn.GRUCell` (keyword only):
-        zoneout (float): probability that a unit keeps its state.
-        recurrent_dropout (float): dropped share of the recurrent weights, drawn at every call.
-        layer_norm (bool): layer norms in the gates, with gains ``norm_ih`` and ``norm_hh``.
+    Beyond the arguments of :class:`torch.nn.GRUCell`, and keyword-only:
+
+    Args:
+        zoneout (float): probability in [0, 1] that a unit keeps its state.
+        recurrent_dropout (float): in [0, 1], dropped share of the recurrent weights, drawn at every call.
+        layer_norm (bool): layer norms in the gates, with gains ``norm_ih`` and ``norm_hh`` of shape
+            ``(3 * hidden_size)`` that start at 1.
+
+    Inputs and output are those of :class:`torch.nn.GRUCell`: ``input`` (B, I) or (I), ``hx`` and the new state
+    (B, H) or (H). Constructor, attributes, ``state_dict`` and ``repr`` are its too.
+
+    Raises:
+        ValueError: a probability outside of [0, 1]; an input or state of another number of dimensions.
+        RuntimeError: sizes, dtypes or devices that do not fit.
     """
 
     __constants__ = [*torch.nn.GRUCell.__constants__, "zoneout", "recurrent_dropout", "layer_norm"]
@@ -449,7 +467,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
         reduction, ignore_index, label_smoothing, options, z_loss, softcap, return_lse: as for the
             function.
 
-    Raises RuntimeError for a weight of another shape or label_smoothing outside [0, 1].
+    Raises:
+        RuntimeError: a weight of another shape, label_smoothing outside [0, 1].
     """
 
     __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]

@@ -274,7 +274,7 @@ def gru_cell(
     Returns:
         The new states, :math:`(B, H)`.
 
-    Raises: as :func:`gru`.
+    dtypes and errors are those of :func:`gru`.
     """
     biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
     gains = list(layer_norm) if layer_norm is not None else []

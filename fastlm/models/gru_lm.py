@@ -23,6 +23,8 @@ from fastlm.nn import GRU, Linear
 
 @dataclass
 class GRULMConfig:
+    """Sizes and rates of a :class:`GRULM`. Raises ``ValueError`` for a value out of its range."""
+
     vocab_size: int = 50257
     n_embd: int = 512
     n_hidden: int = 512
