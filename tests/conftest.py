@@ -30,6 +30,7 @@ NEEDS = {
     "test_opinfo.py": ("expecttest", "numpy"),
     "test_simt.py": ("ninja",),
     "test_train.py": TRAINING,
+    "test_transformers.py": ("accelerate", "peft", "transformers"),
     "test_triton.py": ("triton",),
     "test_triton_targets.py": ("triton",),
 }

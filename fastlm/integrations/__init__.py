@@ -1,0 +1,1 @@
+"""fastlm inside other libraries: each module is the only importer of its library."""
