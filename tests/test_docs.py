@@ -133,6 +133,37 @@ def test_references_are_documented_objects(name):
     assert module.__doc__
 
 
+# ---- commands ---------------------------------------------------------------------------------
+
+SHELL = [
+    line.partition("#")[0].split()
+    for text in PAGES.values()
+    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_make_targets_exist():
+    made = {words[1] for words in SHELL if words[:1] == ["make"]}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert made and made <= targets
+
+
+def test_command_line_options_exist():
+    pytest.importorskip("typer", reason="the command line is made with it")
+    pytest.importorskip("rich", reason="the command line prints with it")
+    import typer.main
+
+    from fastlm import cli
+
+    commands = typer.main.get_command(cli.app).commands
+    lines = [words[1:] for words in SHELL if words[:1] == ["fastlm"] and words[1] != "run"]
+    assert lines
+    for name, *arguments in lines:
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {x for x in arguments if x.startswith("--")} <= options, f"fastlm {name}"
+
+
 # ---- nothing is left out ----------------------------------------------------------------------
 
 READ = re.compile(r"""(?:environ(?:\.get|\.setdefault|\.pop)?[\[(]|getenv\()\s*["'](FASTLM_\w+)["']""")
