@@ -387,6 +387,9 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: model is no Module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fastlm.convert: model is a {type(model).__name__}, expected a Module")

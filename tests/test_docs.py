@@ -196,6 +196,17 @@ def test_public_modules(name):
     assert f"::: fastlm.nn.{name}" in PAGES["docs/modules.md"]
 
 
+def test_extras():
+    section = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .partition("[project.optional-dependencies]")[2]
+        .partition("\n[")[0]
+    )
+    for name in re.findall(r"^(\w+) = ", section, re.MULTILINE):
+        assert f"| `{name}` |" in PAGES["docs/install.md"], name
+
+
 @pytest.mark.parametrize("name", fastlm.ops.backends())
 def test_backends(name):
     assert f"| `{name}` |" in PAGES["docs/backends.md"]

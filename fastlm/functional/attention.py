@@ -466,6 +466,8 @@ def varlen_attn(
         ValueError, TypeError: shapes, dtypes or options that don't fit.
         RuntimeError: offsets that decrease, leave the tensors or exceed max_q or max_k; a gradient
             required with seqused_k or block_table.
+
+    Method: as :func:`scaled_dot_product_attention`; pages as in PagedAttention (arXiv:2309.06180).
     """
     if isinstance(query, Tensor) and autocast_is_on(query.device):
         low = torch.get_autocast_dtype(query.device.type)

@@ -121,6 +121,10 @@ class use_backend:
     environment variable ``FASTLM_BACKEND`` does the same for a whole program. The choice holds for all
     threads. Forward and backward may run on different backends: what one keeps, the other reads.
 
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend is not available here, with the reason.
+
     Example::
 
         with fastlm.use_backend("eager"):
