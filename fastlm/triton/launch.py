@@ -62,8 +62,8 @@ class Config(NamedTuple):
         """That takes less shared memory; None where nothing is left to take away."""
         if self.stages > 1:
             return self._replace(stages=self.stages - 1)
-        name = max(self.blocks, key=self.blocks.get)
-        if self.blocks[name] <= 16:  # the least that tensor cores take
+        name = max(self.blocks, key=self.blocks.get, default=None)
+        if name is None or self.blocks[name] <= 16:  # the least that tensor cores take
             return None
         return self._replace(blocks=self.blocks | {name: self.blocks[name] // 2})
 
