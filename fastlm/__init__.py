@@ -1,6 +1,6 @@
 """Fused attention, GRU and softmax cross-entropy for PyTorch."""
 
-from fastlm import nn
+from fastlm import distributed, nn
 from fastlm.functional import (
     cross_entropy,
     gru,
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "convert",
     "cross_entropy",
+    "distributed",
     "gru",
     "gru_cell",
     "install",
