@@ -8,7 +8,11 @@
     RUN/best/step-N/          the best model so far, kept where early stopping was asked for
 
 A folder is written under a temporary name, flushed to the disk and renamed. The last two
-checkpoints are kept. Nothing is pickled."""
+checkpoints are kept. Nothing is pickled.
+
+Several processes write the same files: the first of them gathers what the others hold. The format of
+torch.distributed.checkpoint is not used, since to read it is to unpickle its metadata; and these files
+are read by one process or any number."""
 
 import fcntl
 import json
@@ -22,17 +26,20 @@ import torch
 from torch import Tensor
 
 from fastlm.models import from_pretrained, read_config
-from fastlm.models.base import LanguageModel, read_tensors, write_file, write_tensors
+from fastlm.models.base import WEIGHTS, LanguageModel, read_tensors, write_file, write_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 KEPT = 2
 
 
 class Run:
-    """A run's folder, locked against a second process for as long as this object lives."""
+    """A run's folder, locked against a second run for as long as this object lives. Only the first
+    of a run's processes locks it; the others don't touch it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, locked: bool = True):
         self.folder = folder
+        if not locked:
+            return
         self._lock = open(folder / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,20 +74,23 @@ class Run:
         step: int,
         model: LanguageModel,
         tokenizer: Tokenizer,
+        weights: dict[str, Tensor],
         tensors: dict[str, Tensor],
         state: dict,
     ) -> None:
         """Writes checkpoint ``step`` and drops the oldest ones."""
 
         def write(folder: Path) -> None:
-            save_model(folder, model, tokenizer)
+            save_model(folder, model, tokenizer, weights)
             write_tensors(folder / "trainer.safetensors", tensors)
             write_file(folder / "trainer.json", (json.dumps(state, indent=2) + "\n").encode())
 
         self._publish("checkpoints", step, write, KEPT)
 
-    def save_best(self, step: int, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        self._publish("best", step, lambda folder: save_model(folder, model, tokenizer), 1)
+    def save_best(
+        self, step: int, model: LanguageModel, tokenizer: Tokenizer, weights: dict[str, Tensor]
+    ) -> None:
+        self._publish("best", step, lambda folder: save_model(folder, model, tokenizer, weights), 1)
 
     def _publish(self, kind: str, step: int, write: Callable[[Path], None], kept: int) -> None:
         parent = self.folder / kind
@@ -132,19 +142,27 @@ def list_steps(parent: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
-    """What :meth:`Run.save` got as ``tensors`` and ``state``."""
+def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """What :meth:`Run.save` got as ``weights``, ``tensors`` and ``state``."""
     state = _read_json(
         checkpoint / "trainer.json",
         f"{checkpoint}: no checkpoint of a run (trainer.json is missing)",
     )
-    return read_tensors(checkpoint / "trainer.safetensors"), state
+    tensors = read_tensors(checkpoint / "trainer.safetensors")
+    return load_weights(checkpoint), tensors, state
 
 
-def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Writes a model and its tokenizer, for :func:`load_model`."""
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Those of the model in ``folder``, which may be a run."""
+    return read_tensors(find_model(folder) / WEIGHTS)
+
+
+def save_model(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a model and its tokenizer, for :func:`load_model`; with ``weights`` instead of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, tokenizer=tokenizer.save(folder))
+    model.save_pretrained(folder, weights, tokenizer=tokenizer.save(folder))
 
 
 def load_model(folder: str | os.PathLike) -> tuple[LanguageModel, Tokenizer]:
@@ -209,4 +227,4 @@ def restore_optimizer(
     ):
         raise ValueError("the optimizer's state is of another model")
     for name, p in parameters.items():
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state[name].items()}
+        optimizer.state[p] = {k: v.to(p.device) for k, v in state[name].items()}

@@ -24,6 +24,7 @@ from fastlm import checkpoint, data
 from fastlm import train as training
 from fastlm.baselines import gzip_bits_per_byte, ngram_bits_per_byte
 from fastlm.display import TrainingDisplay
+from fastlm.processes import Alone, Elsewhere, Lost, join
 from fastlm.tokenizer import text_stream
 
 RUNS = Path("runs")
@@ -45,15 +46,19 @@ def main() -> None:
         code = app(_spread_lists(sys.argv[1:]), standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Elsewhere:  # reported there
+        sys.exit(2)
     except Exception as error:  # typer's errors of usage know how to put themselves
         if hasattr(error, "format_message"):
+            if int(os.environ.get("RANK", 0)):  # the first process of several says it
+                sys.exit(2)
             message = error.format_message() or "no command given"
-        elif isinstance(error, (ValueError, OSError)):
+        elif isinstance(error, (ValueError, OSError, Lost)):
             message = " ".join(str(error).split())
         else:
             raise
-        print(f"fastlm: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        print(f"fastlm: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, Lost) else 2)
     sys.exit(code)
 
 
@@ -78,25 +83,75 @@ def _train(
     ctx: typer.Context,
     out: str | None,
     resume: bool,
+    or_resume: bool,
     overwrite: bool,
     prompt: str | None,
     sample: int,
     **given,
 ) -> None:
-    """Train a model, then evaluate it and let it write a sample."""
-    if resume:
-        _refuse_given(ctx, given, overwrite)
-        folder = Path(out) if out else newest_run()
-        trainer = training.resume(folder)
-    else:
-        options = training.TrainOptions(**given)
-        folder = Path(out) if out else free_folder(options.model)
-        trainer = training.start(options, folder, overwrite=overwrite)
-    options, model = trainer.options, trainer.model
+    """Train a model, then evaluate it and let it write a sample. Several processes, that torchrun
+    started, train it together."""
+    processes = join()
+    console.quiet = processes.rank > 0
+    try:
+        folder, trainer = _trainer(processes, ctx, out, resume, or_resume, overwrite, given)
+        _run(trainer, folder)
+        final_report(trainer)
+    except Lost as error:
+        where = f" --out {out}" if out else ""
+        raise Lost(f"{error}. From the last checkpoint on: fastlm train --resume{where}") from None
+    processes.leave()
+    if sample and processes.rank == 0:
+        options = trainer.options
+        if prompt is None:
+            prompt = SAMPLE_PROMPT if options.data is None else ""
+        console.rule("sample")
+        print_sample(
+            *checkpoint.load_model(folder),
+            prompt,
+            sample,
+            device=options.device,
+            temperature=0.8,
+            top_p=0.95,
+            seed=options.seed,
+        )
+
+
+def _trainer(
+    processes: Alone,
+    ctx: typer.Context,
+    out: str | None,
+    resume: bool,
+    or_resume: bool,
+    overwrite: bool,
+    given: dict,
+) -> tuple[Path, training.Trainer]:
+    """Where the run is, and its trainer."""
+    if or_resume:
+        processes.every(lambda: _check_or_resume(out, resume, overwrite))
+        resume = processes.tell(processes.first(lambda: (Path(out) / "run.json").is_file()))
+    elif resume:
+        processes.every(lambda: _refuse_given(ctx, given, overwrite))
+    options = processes.every(lambda: training.TrainOptions(**given))
+    if not resume:
+        folder = Path(out) if out else processes.tell(processes.first(lambda: free_folder(options.model)))
+        return folder, training.start(options, folder, overwrite=overwrite, processes=processes)
+    folder = Path(out) if out else processes.tell(processes.first(newest_run))
+    parallel = options.parallel if or_resume or _was_given(ctx, "parallel") else None
+    trainer = training.resume(folder, processes=processes, parallel=parallel)
+    if or_resume:
+        processes.every(lambda: _check_same_run(folder, trainer.options, options))
+    return folder, trainer
+
+
+def _run(trainer: training.Trainer, folder: Path) -> None:
+    """Trains to the end, and shows it."""
+    options, model, processes = trainer.options, trainer.model, trainer.processes
+    several = f"{processes.size} processes ({options.parallel}), " if processes.size > 1 else ""
     console.print(
         f"{options.model}: {model.num_params():,} parameters, "
         f"vocabulary {model.config.vocab_size}, "
-        f"{torch.get_num_threads()} threads; {len(trainer.corpus.train):,} training tokens; "
+        f"{several}{torch.get_num_threads()} threads; {len(trainer.corpus.train):,} training tokens; "
         f"in {folder}",
         soft_wrap=True,
         markup=False,
@@ -113,30 +168,35 @@ def _train(
         )
         raise typer.Exit(130) from None
     console.print(f"{trainer.progress.step} steps, {trainer.progress.seconds:.0f} s of training")
-    final_report(trainer, folder)
-    if sample:
-        if prompt is None:
-            prompt = SAMPLE_PROMPT if options.data is None else ""
-        console.rule("sample")
-        print_sample(
-            *checkpoint.load_model(folder),
-            prompt,
-            sample,
-            device=options.device,
-            temperature=0.8,
-            top_p=0.95,
-            seed=options.seed,
-        )
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name).name == "COMMANDLINE"
 
 
 def _refuse_given(ctx: typer.Context, given: dict, overwrite: bool) -> None:
-    changed = [name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+    changed = [name for name in given if name != "parallel" and _was_given(ctx, name)]
     if overwrite:
         raise ValueError("--resume and --overwrite can't be given together")
     if changed:
         raise ValueError(
             f"--resume goes on with the run's own options; leave out --{changed[0].replace('_', '-')}"
         )
+
+
+def _check_or_resume(out: str | None, resume: bool, overwrite: bool) -> None:
+    if not out:
+        raise ValueError("--or-resume needs --out, to find the run by")
+    if resume or overwrite:
+        raise ValueError("--or-resume can't be given together with --resume or --overwrite")
+
+
+def _check_same_run(folder: Path, own: training.TrainOptions, given: training.TrainOptions) -> None:
+    """``ValueError`` where the command line asks for another run than the one in ``folder``."""
+    for name, value in dataclasses.asdict(given).items():
+        free = name == "threads" and value is None  # a run keeps the number it began with
+        if getattr(own, name) != value and not free:
+            raise ValueError(f"{folder}: this run's {name} is {getattr(own, name)}, not {value}")
 
 
 def _make_train_command() -> None:
@@ -158,6 +218,7 @@ def _make_train_command() -> None:
     parameters += [
         option("out", str | None, None, "folder of the run [default: a new one in runs/]"),
         option("resume", bool, False, "go on with the run in --out, or with the newest in runs/"),
+        option("or_resume", bool, False, "begin the run in --out or, where it is begun, go on with it"),
         option("overwrite", bool, False, "replace the run in --out"),
         option("prompt", str | None, None, "what the sample begins with"),
         option("sample", int, 400, "tokens of the sample at the end; 0: none"),
@@ -190,11 +251,12 @@ def newest_run() -> Path:
     return runs[-1].parent
 
 
-def final_report(trainer: training.Trainer, folder: Path) -> None:
+def final_report(trainer: training.Trainer) -> None:
     """Bits per byte of the whole validation text: the model's beside those of n-grams and gzip."""
     corpus, options = trainer.corpus, trainer.options
-    model, _ = checkpoint.load_model(folder)
-    loss = training.evaluate(model.to(options.device), corpus.val, options.block_size)
+    loss = trainer.final_loss()
+    if trainer.processes.rank > 0:
+        return
     table = Table(title=f"validation, {len(corpus.val_text):,} bytes", title_justify="left")
     table.add_column("")
     table.add_column("bits/byte", justify="right")

@@ -301,14 +301,21 @@ def _epoch(length: int, block_size: int, per_epoch: int, epoch: int, seed: int) 
 
 
 def evaluation_batches(
-    tokens: np.ndarray, block_size: int, batch_size: int, limit: int | None = None
+    tokens: np.ndarray,
+    block_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Non-overlapping blocks that predict every token after the first exactly once; the last block
     is padded with ignored targets. With ``limit``, only so many blocks, spread evenly over the
-    text."""
+    text. ``part`` (k, n) is the k-th of n parts, which have equally many batches: blocks of ignored
+    targets alone fill up."""
     starts = np.arange(0, len(tokens) - 1, block_size)
     if limit is not None and limit < len(starts):
         starts = starts[np.arange(limit) * len(starts) // limit]
+    k, n = part
+    starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(tokens))[k::n]
     for i in range(0, len(starts), batch_size):
         places = starts[i : i + batch_size, None] + np.arange(block_size + 1)
         window = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)

@@ -96,6 +96,9 @@ class TrainOptions:
     dtype: str = _option("float32", "float32, or bfloat16 (autocast)")
     device: str = _option("cpu", "torch device")
     threads: int | None = _option(None, "CPU threads [default: torch's choice]")
+    parallel: str = _option(
+        "ddp", "of several processes (torchrun) each holds the whole model, ddp, or a shard of it, fsdp"
+    )
     tensorboard: bool = _option(True, "write TensorBoard logs")
 
     def __post_init__(self):
@@ -112,6 +115,8 @@ class TrainOptions:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -2,7 +2,8 @@
 
 The whole state is the parameters, AdamW's moments, torch's random state and the number of the step;
 the data's order is a function of the seed and the step. A checkpoint holds all of it, so a run that
-was killed and resumed goes on bit by bit as if it had not been.
+was killed and resumed goes on bit by bit as if it had not been, and may do so on another number of
+processes.
 
 Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW) and 2017, arXiv:1608.03983 (cosine).
 """
@@ -21,9 +22,10 @@ from pathlib import Path
 import torch
 
 from fastlm import checkpoint
-from fastlm.data import Corpus, evaluation_batches, prepare, training_batch
+from fastlm.data import Corpus, evaluation_batches, open_corpus, prepare, training_batch
 from fastlm.models import MODELS, LanguageModel
 from fastlm.options import PRESETS, TrainOptions
+from fastlm.processes import Alone, join
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
 TIMED_STEPS = 20  # a timed run plans its number of steps after so many
@@ -71,18 +73,29 @@ def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.A
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, tokens, block_size: int, batch_size: int = 16, limit: int | None = None
+    model: LanguageModel,
+    tokens,
+    block_size: int,
+    batch_size: int = 16,
+    limit: int | None = None,
+    processes: Alone | None = None,
 ) -> float:
     """Mean loss in nats a token over ``tokens`` (N,), each after the first predicted once within
-    its block; with ``limit``, over so many blocks of it."""
+    its block; with ``limit``, over so many blocks of it. The processes share the blocks."""
+    processes = processes or Alone()
     device = next(model.parameters()).device
     training, total, count = model.training, 0.0, 0
     model.eval()
-    for idx, targets in evaluation_batches(tokens, block_size, batch_size, limit):
+    part = processes.rank, processes.size
+    for idx, targets in evaluation_batches(tokens, block_size, batch_size, limit, part):
         n = int((targets >= 0).sum())
-        total += model(idx.to(device), targets.to(device)).item() * n
-        count += n
+        loss = model(idx.to(device), targets.to(device)).item()
+        if n:  # else a batch that only keeps step with other processes
+            total += loss * n
+            count += n
     model.train(training)
+    processes.release(model)
+    total, count = processes.sum(total, count)
     return total / count
 
 
@@ -141,7 +154,7 @@ def learning_rate(options: TrainOptions, progress: Progress) -> float:
 
 class Trainer:
     """Trains one model. ``report(kind, values)`` is called with "step" and "eval" records as they
-    are written to the metrics file."""
+    are written to the metrics file, by the first of the processes."""
 
     def __init__(
         self,
@@ -151,73 +164,110 @@ class Trainer:
         model: LanguageModel,
         run: checkpoint.Run,
         report: Callable[[str, dict], None] = lambda kind, values: None,
+        processes: Alone | None = None,
     ):
         self.options, self.run, self.report = options, run, report
         self.corpus, self.tokenizer = corpus, tokenizer
-        self.model = model.to(options.device).train()
+        self.processes = processes or Alone()
+        self.device = self.processes.device(options.device)
+        self.offset, self.count = self.processes.share(options.batch_size)  # of the sequences of a pass
+        self.model = model.train()
+        self.wrapped = self.processes.wrap(self.model, options.parallel, self.device)
         self.optimizer = make_optimizer(self.model, options)
         self.progress = Progress(max_steps=options.max_steps)
         self.bytes_per_token = len(corpus.val_text) / (len(corpus.val) - 1)
         self.interrupted = False
-        self.writer = None
+        self.metrics = self.writer = None
 
     # Checkpoints
 
     def save(self) -> None:
+        processes = self.processes
+        weights = processes.gather(self.model.stored_tensors())
+        tensors = processes.gather(checkpoint.optimizer_tensors(self.model, self.optimizer))
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        processes.first(lambda: self._write(weights, tensors))
+
+    def _write(self, weights: dict, tensors: dict) -> None:
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
-        tensors = checkpoint.optimizer_tensors(self.model, self.optimizer)
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.options.device.startswith("cuda"):
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        self.run.save(
-            self.progress.step,
-            self.model,
-            self.tokenizer,
-            tensors,
-            dataclasses.asdict(self.progress),
-        )
+        state = dataclasses.asdict(self.progress)
+        self.run.save(self.progress.step, self.model, self.tokenizer, weights, tensors, state)
 
     def load(self, folder: Path) -> None:
         """Goes back to a checkpoint; ``ValueError`` where it is damaged or of another model."""
-        tensors, state = checkpoint.load_state(folder)
+        processes = self.processes
+        weights, tensors, state = processes.first(lambda: checkpoint.load_state(folder)) or (None, None, None)
+        self._load_weights(folder, weights)
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        places = {f"{key}.{name}": p for name, p in self.model.named_parameters() for key in keys}
+        tensors, state = processes.spread(tensors, places), processes.tell(state)
+        processes.every(lambda: self._restore(folder, tensors, state))
+
+    def _restore(self, folder: Path, tensors: dict, state: dict) -> None:
         random = {key: tensors.pop(key, None) for key in ("random.cpu", "random.cuda")}
-        self.model.load_weights(folder / "model.safetensors")
         try:
             progress = Progress(**state)
             checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
             torch.set_rng_state(random["random.cpu"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{folder}: not a checkpoint of this run: {error}") from None
-        if random["random.cuda"] is not None and self.options.device.startswith("cuda"):
+        if random["random.cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(random["random.cuda"])
         self.progress = progress
+
+    def _load_weights(self, folder: Path, weights: dict | None) -> None:
+        """Takes those that the first process read in ``folder``."""
+        places = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = self.processes.spread(weights, places)
+        self.processes.every(lambda: self.model.load_tensors(weights, folder))
+
+    def final_loss(self) -> float:
+        """Of the model that the run keeps, over the whole validation text."""
+        read = self.processes.first(lambda: checkpoint.load_weights(self.run.folder))
+        self._load_weights(self.run.folder, read)
+        options = self.options
+        return evaluate(self.model, self.corpus.val, options.block_size, processes=self.processes)
 
     # The loop
 
     def train(self) -> None:
-        """Trains to the end, or raises :class:`Interrupted` after SIGINT or SIGTERM."""
-        self._open_logs()
+        """Trains to the end, or raises :class:`Interrupted` after SIGINT or SIGTERM, to any of the
+        processes, and :class:`fastlm.processes.Lost` where one of them has ended."""
+        self.processes.first(self._open_logs)
         self.began, self.seconds_before = time.perf_counter(), self.progress.seconds
         in_main = threading.current_thread() is threading.main_thread()  # else none may be set
         signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         handlers = {s: signal.signal(s, self._interrupt) for s in signals}
         try:
-            while not self.progress.stopped and self.progress.step != self.progress.max_steps:
-                self._step()
-                if self._due(self.options.eval_every):
-                    self._evaluate()
-                if self.interrupted or self._due(self.options.save_every) or self._first_plan_due():
-                    self._plan()
-                    self.save()
-                if self.interrupted:
-                    raise Interrupted
+            with self.processes.watched():
+                self._run()
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
-            self.metrics.close()
-            if self.writer is not None:
-                self.writer.close()
+            for log in (self.metrics, self.writer):
+                if log is not None:
+                    log.close()
+
+    def _run(self) -> None:
+        while not self.progress.stopped and self.progress.step != self.progress.max_steps:
+            self._step()
+            self._agree()
+            if self._due(self.options.eval_every):
+                self._evaluate()
+            if self.interrupted or self._due(self.options.save_every) or self._first_plan_due():
+                self._plan()
+                self.save()
+            if self.interrupted:
+                raise Interrupted
+
+    def _agree(self) -> None:
+        """On what the processes decide by: the first one's clock, and whether any is to stop."""
+        seconds = self.progress.seconds if self.processes.rank == 0 else 0.0
+        interrupted, self.progress.seconds = self.processes.sum(self.interrupted, seconds)
+        self.interrupted = interrupted > 0
 
     def _due(self, every: int) -> bool:
         progress = self.progress
@@ -246,11 +296,9 @@ class Trainer:
             group["lr"] = lr
         loss = self._accumulate_gradients()
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {progress.step + 1}: try a smaller lr. The last "
-                f"checkpoint in {self.run.folder} is from before"
-            )
+            self.processes.every(lambda: self._diverged(loss))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip or math.inf)
+        norm = self.processes.whole(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
@@ -259,26 +307,43 @@ class Trainer:
         self._log("step", loss=loss, grad_norm=norm.item(), lr=lr, seconds=seconds)
 
     def _accumulate_gradients(self) -> float:
-        options, total = self.options, 0.0
+        options, processes, total = self.options, self.processes, 0.0
+        processes.seed(options.seed, self.progress.step)
+        # Gradients are means over the processes of means over their sequences, which may be more or fewer.
+        passes = options.accumulate * (options.batch_size / (processes.size * self.count))
         for i in range(options.accumulate):
-            first = (self.progress.step * options.accumulate + i) * options.batch_size
-            batch = training_batch(
-                self.corpus.train, options.block_size, options.batch_size, first, options.seed
-            )
-            idx, targets = (t.to(options.device) for t in batch)
-            with torch.autocast(idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-                loss = self.model(idx, targets) / options.accumulate
-            loss.backward()
+            first = (self.progress.step * options.accumulate + i) * options.batch_size + self.offset
+            batch = training_batch(self.corpus.train, options.block_size, self.count, first, options.seed)
+            idx, targets = (t.to(self.device) for t in batch)
+            with processes.gradients(self.wrapped, last=i == options.accumulate - 1):
+                with torch.autocast(idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                    loss = self.wrapped(idx, targets) / passes
+                loss.backward()
             total += loss.item()
-        return total
+        return processes.sum(total)[0] / processes.size
+
+    def _diverged(self, loss: float) -> None:
+        raise ValueError(
+            f"the loss is {loss} at step {self.progress.step + 1}: try a smaller lr. The last "
+            f"checkpoint in {self.run.folder} is from before"
+        )
 
     def _evaluate(self) -> None:
         options, progress = self.options, self.progress
-        loss = evaluate(self.model, self.corpus.val, options.block_size, limit=options.eval_blocks)
+        loss = evaluate(
+            self.model,
+            self.corpus.val,
+            options.block_size,
+            limit=options.eval_blocks,
+            processes=self.processes,
+        )
         if options.patience is not None:
             if progress.best_loss is None or loss < progress.best_loss:
                 progress.best_loss, progress.bad_evaluations = loss, 0
-                self.run.save_best(progress.step, self.model, self.tokenizer)
+                weights = self.processes.gather(self.model.stored_tensors())
+                self.processes.first(
+                    lambda: self.run.save_best(progress.step, self.model, self.tokenizer, weights)
+                )
             else:
                 progress.bad_evaluations += 1
                 progress.stopped = progress.bad_evaluations >= options.patience
@@ -305,6 +370,8 @@ class Trainer:
             self.writer = _summary_writer()(self.run.folder / "tensorboard", purge_step=step + 1)
 
     def _log(self, kind: str, **values: float) -> None:
+        if self.metrics is None:
+            return
         record = {"step": self.progress.step, "kind": kind, **values}
         self.metrics.write(json.dumps(record) + "\n")
         if self.writer is not None:
@@ -319,35 +386,52 @@ def start(
     *,
     overwrite: bool = False,
     report=lambda kind, values: None,
+    processes: Alone | None = None,
 ) -> Trainer:
     """A trainer for a new run in ``folder``; nothing there is touched before all options are found
-    good."""
-    checkpoint.check_free(folder, overwrite)
-    trainer_parts = _parts(options)
-    record = dataclasses.asdict(options) | {
-        "corpus": trainer_parts[0].key,
-        "threads": torch.get_num_threads(),
-    }
-    return Trainer(options, *trainer_parts, checkpoint.Run.create(folder, record, overwrite), report)
+    good. ``processes`` are those that torchrun started, if any, unless given."""
+    processes = processes or join()
+    processes.first(lambda: checkpoint.check_free(folder, overwrite))
+    parts = _parts(options, processes)
+    record = dataclasses.asdict(options) | {"corpus": parts[0].key, "threads": torch.get_num_threads()}
+    run = processes.first(lambda: checkpoint.Run.create(folder, record, overwrite))
+    return Trainer(options, *parts, run or checkpoint.Run(folder, locked=False), report, processes)
 
 
-def resume(folder: Path, report=lambda kind, values: None) -> Trainer:
+def resume(
+    folder: Path,
+    report=lambda kind, values: None,
+    processes: Alone | None = None,
+    parallel: str | None = None,
+) -> Trainer:
     """A trainer that goes on with the run in ``folder`` from its last checkpoint, or from its
-    start."""
-    run, record = checkpoint.Run.open(folder), checkpoint.read_options(folder)
+    start, on as many processes as there are now, in another kind of parallelism if one is given."""
+    processes = processes or join()
+    opened = processes.first(lambda: (checkpoint.Run.open(folder), checkpoint.read_options(folder)))
+    run, record = opened or (checkpoint.Run(folder, locked=False), None)
+    record = processes.tell(record)
     key = record.pop("corpus", None)
+    options = processes.every(lambda: _recorded(folder, record, parallel))
+    corpus, tokenizer, model = _parts(options, processes)
+    processes.every(lambda: _check_corpus(folder, corpus, key))
+    trainer = Trainer(options, corpus, tokenizer, model, run, report, processes)
+    steps = processes.first(lambda: checkpoint.list_steps(folder / "checkpoints"))
+    last = processes.tell(steps[-1:] if steps else [])
+    if last:
+        trainer.load(last[0])
+    return trainer
+
+
+def _recorded(folder: Path, record: dict, parallel: str | None) -> TrainOptions:
     try:
-        options = TrainOptions(**record)
+        return TrainOptions(**record | ({} if parallel is None else {"parallel": parallel}))
     except TypeError as error:
         raise ValueError(f"{folder / 'run.json'}: damaged: {error}") from None
-    corpus, tokenizer, model = _parts(options)
+
+
+def _check_corpus(folder: Path, corpus: Corpus, key: str | None) -> None:
     if corpus.key != key:
         raise ValueError(f"{folder}: the corpus or the tokenizer has changed since this run began")
-    trainer = Trainer(options, corpus, tokenizer, model, run, report)
-    steps = checkpoint.list_steps(folder / "checkpoints")
-    if steps:
-        trainer.load(steps[-1])
-    return trainer
 
 
 def _summary_writer():
@@ -360,22 +444,34 @@ def _summary_writer():
     return SummaryWriter
 
 
-def _parts(options: TrainOptions) -> tuple[Corpus, Tokenizer, LanguageModel]:
+def _parts(options: TrainOptions, processes: Alone) -> tuple[Corpus, Tokenizer, LanguageModel]:
+    processes.check_same("options", options)
+    tokenizer = processes.every(lambda: _set_up(options, processes))
+    folder = processes.each_machine(
+        lambda: (
+            prepare(
+                options.data,
+                tokenizer,
+                block_size=options.block_size,
+                val_bytes=options.val_bytes,
+                cache=options.cache,
+            ).folder
+        )
+    )
+    corpus = processes.every(lambda: open_corpus(folder))
+    processes.check_same("text to train on", corpus.key)
+    torch.manual_seed(options.seed)
+    return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer))
+
+
+def _set_up(options: TrainOptions, processes: Alone) -> Tokenizer:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.tensorboard:
         _summary_writer()
+    processes.share(options.batch_size)
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=processes.device(options.device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {options.device!r}: {str(error).splitlines()[0]}") from None
-    tokenizer = load_tokenizer(options.tokenizer)
-    corpus = prepare(
-        options.data,
-        tokenizer,
-        block_size=options.block_size,
-        val_bytes=options.val_bytes,
-        cache=options.cache,
-    )
-    torch.manual_seed(options.seed)
-    return corpus, tokenizer, build_model(options, tokenizer)
+    return load_tokenizer(options.tokenizer)

@@ -81,6 +81,15 @@ def test_runs_get_folders_of_their_own_and_resume_takes_the_newest(run, tmp_path
     assert "in runs/gpt-2" in run("train --resume --out runs/gpt-2 --sample 0")[1]
 
 
+def test_one_command_begins_and_goes_on(run, tmp_path):
+    command = "train TINY --n-head 2 --data a.txt --sample 0 --out run --or-resume --max-steps"
+    assert run(f"{command} 4")[0] == 0
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    assert "4 steps" in run(f"{command} 4")[1]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
+    assert run(f"{command} 8")[::2] == (2, "fastlm: error: run: this run's max_steps is 4, not 8\n")
+
+
 def test_interrupt(run, tmp_path, monkeypatch):
     step = train.Trainer._step
 
@@ -115,6 +124,9 @@ def test_interrupt(run, tmp_path, monkeypatch):
         ("train --resume --out full", "full: no run of fastlm train here"),
         ("train --resume --out full --lr 1", "leave out --lr"),
         ("train --resume --overwrite --out full", "can't be given together"),
+        ("train --or-resume", "--or-resume needs --out"),
+        ("train --or-resume --overwrite --out full", "can't be given together"),
+        ("train --parallel tensor", "parallel must be ddp or fsdp, got 'tensor'"),
         ("evaluate", "Missing argument 'model'"),
         ("evaluate nowhere", "nowhere: no such folder"),
         ("evaluate full", "full: no model here (config.json is missing)"),

@@ -38,18 +38,26 @@ class LanguageModel(nn.Module):
         """Like :meth:`generate`, yielding a step at a time."""
         return decoding.stream(self, prompts, max_new_tokens, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike, **extra) -> None:
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The state dict, with a tied weight once."""
+        seen, tensors = set(), {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[name] = tensor.detach()
+        return tensors
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **extra
+    ) -> None:
         """Writes ``config.json`` (with ``extra`` entries) and ``model.safetensors`` into
-        ``folder``, each replaced only by a whole new file."""
+        ``folder``, each replaced only by a whole new file; the model's own weights or, as in the
+        transformers library, those of ``state_dict``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": self.model_type, **dataclasses.asdict(self.config), **extra}
-        seen, tensors = set(), {}
-        for name, tensor in self.state_dict().items():
-            if tensor.data_ptr() not in seen or not tensor.numel():  # a tied weight is kept once
-                seen.add(tensor.data_ptr())
-                tensors[name] = tensor.detach().contiguous()
-        write_tensors(folder / WEIGHTS, tensors)
+        tensors = self.stored_tensors() if state_dict is None else state_dict
+        write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
         write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
@@ -77,7 +85,11 @@ class LanguageModel(nn.Module):
     def load_weights(self, path: str | os.PathLike) -> None:
         """Copies the tensors of a safetensors file into the model; ``ValueError`` where the file is
         damaged or holds other names or shapes."""
-        tensors = read_tensors(path)
+        self.load_tensors(read_tensors(path), path)
+
+    def load_tensors(self, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+        """Copies ``tensors``, read from ``path``, into the model; ``ValueError`` where they have other
+        names or shapes."""
         try:
             self.load_state_dict(tensors)
         except RuntimeError as error:
