@@ -16,11 +16,13 @@ namespace fastlm::FASTLM_ISA {
 
 template <class T> struct Float {
   using elem = T;
+  using value = T;  // of which an element has one or two
   using acc = T;
   static FASTLM_INLINE Vec<T> madd(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
 };
 struct Bf16Pair {
   using elem = uint32_t;
+  using value = bf16;
   using acc = float;
   static FASTLM_INLINE Vec<float> madd(Words a, Words b, Vec<float> c) { return dot2(c, a, b); }
 };
@@ -58,6 +60,7 @@ inline __attribute__((noinline)) void tile(int64_t K, const typename Mul::elem* 
                                            const typename Mul::elem* b, int64_t ldb,
                                            typename Mul::acc* c, int64_t ldc) {
   using T = typename Mul::acc;
+  if (kUpdate == kAccumulate && K <= 0) return;  // nothing to add, and no copies of C for that case
   // From C on, not added at the end: a sum has one order, in however many calls K is walked through.
   Vec<T> acc[kRows][kVecs];
 #pragma GCC unroll 8
@@ -65,6 +68,13 @@ inline __attribute__((noinline)) void tile(int64_t K, const typename Mul::elem* 
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v)
       acc[r][v] = kUpdate == kAccumulate ? load<T>(c + r * ldc + v * kLanes<T>) : Vec<T>{};
+  // The rows that come next: where C lies in memory they are too short for the hardware to see ahead.
+  if (kUpdate == kAccumulate)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int i = 0; i < kVecs * kVectorBytes; i += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(c + (kRows + r) * ldc) + i, 1);
   micro<Mul, kRows, kVecs, kA>(K, a, lda, b, ldb, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -181,6 +191,7 @@ template <> struct Pack<uint32_t> {
   static constexpr int kPair = 2;
   static FASTLM_INLINE uint32_t word(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
   static FASTLM_INLINE void along(int64_t n, const bf16* src, int64_t stride, uint32_t* dst) {
+    if (n <= 0) return;
     if (n % 2) dst[n / 2] = 0;
     if (stride == 1) {
       __builtin_memcpy(dst, src, size_t(n) * sizeof(bf16));
@@ -265,6 +276,8 @@ template <class SA, class SB, class SC> struct Gemm {
 template <class A, class B> inline constexpr bool kSame = __is_same(A, B);
 template <bool kPairs, class T> struct MulOf { using type = Float<T>; };
 template <class T> struct MulOf<true, T> { using type = Bf16Pair; };
+// How matrices of one storage type are multiplied.
+template <class S> using ProductOf = typename MulOf<kHasBf16Dot && kSame<S, bf16>, compute_t<S>>::type;
 
 // Tile sizes: a packed panel of B (kKC steps x one micro-tile) fills most of a 32 KiB first-level cache,
 // the block of A most of the second level. Large tiles of C, summed beside it, pay for the packing of

@@ -9,6 +9,9 @@
 // so that loss and gradients cost three products. Where the upstream gradient comes only later, the
 // backward recomputes the tile from the kept log-sum-exp (four products, no tiles kept).
 //
+// With dot products of bf16 the operands are pairs along the summed dimension: of D for the logits, of
+// classes for dX, of tokens for dW. The gradient tile is then rounded to bf16, once for both.
+//
 // Work is divided into token blocks x vocabulary segments by the shapes alone, each summing its part
 // in a fixed order, so that the bits do not depend on the number of threads.
 #pragma once
@@ -45,9 +48,12 @@ namespace fastlm::FASTLM_ISA {
 // Sizes, from the shapes alone.
 template <class S> struct LinearPlan {
   using T = compute_t<S>;
+  using Mul = ProductOf<S>;
+  using E = typename Mul::elem;
+  static constexpr int64_t kPair = Pack<E>::kPair;  // steps of a sum in an element
   static constexpr int64_t kL = kLanes<T>, kNR = kNV * kL;
-  static constexpr int64_t kKC = 24 * 1024 / (kNR * int64_t(sizeof(T)));  // panels of B in a 32 KiB cache
-  static constexpr int64_t kRows = 96;     // classes in a tile
+  static constexpr int64_t kKC = 24 * 1024 / (kNR * int64_t(sizeof(E)));  // panels of B in a 32 KiB cache
+  static constexpr int64_t kRows = 96 * kPair;  // classes in a tile: steps of the sums of dX
   static constexpr int64_t kItems = 32;    // pieces of work that a chunk divides into at least
   static constexpr int64_t kTokens = 528;  // in a block at most
   static constexpr bool kDirect = sizeof(S) == sizeof(T);
@@ -57,7 +63,7 @@ template <class S> struct LinearPlan {
   int64_t chunks;
   int64_t weight_buffers;            // sums of dW beside the output
   bool keep;                         // the logits of a chunk
-  int64_t logits, partial, dx, dw, db, xt, x, token, end;  // offsets in scratch, elements
+  int64_t logits, partial, dx, dw, db, xt, x, token, end;  // offsets in scratch, elements of T
 
   explicit LinearPlan(const LinearCrossEntropyParams& p) {
     const bool gradient = p.dinput || p.dlinear_weight || p.dlinear_bias;
@@ -92,8 +98,9 @@ template <class S> struct LinearPlan {
     dx = take(p.dinput ? segments * dx_size : 0);
     dw = take(p.dlinear_weight ? weight_buffers * weights : 0);
     db = take(p.dlinear_bias ? blocks * p.C * p.S : 0);
-    xt = take(blocks * D * width);
-    x = take(p.dlinear_weight ? blocks * width * round_up(D, kNR) : 0);
+    static_assert(sizeof(E) == sizeof(T));
+    xt = take(blocks * ceil_div(D, kPair) * width);
+    x = take(p.dlinear_weight ? blocks * width / kPair * round_up(D, kNR) : 0);
     token = take(8 * blocks * width);
     end = at;
   }
@@ -103,8 +110,10 @@ template <class S> struct LinearCrossEntropy {
   using T = compute_t<S>;
   using V = Vec<T>;
   using Plan = LinearPlan<S>;
-  using Mul = Float<T>;
+  using Mul = typename Plan::Mul;
+  using E = typename Plan::E;
   static constexpr int64_t kL = Plan::kL, kNR = Plan::kNR, kKC = Plan::kKC, kRows = Plan::kRows;
+  static constexpr int64_t kPair = Plan::kPair;
 
   const LinearCrossEntropyParams& p;
   const Plan plan;
@@ -123,6 +132,7 @@ template <class S> struct LinearCrossEntropy {
   }
   int64_t panel_width(int64_t panel) const { return least(kNR, width() - panel * kNR); }
   int64_t rows(int64_t tile) const { return least(kRows, p.C - tile * kRows); }
+  int64_t depth() const { return ceil_div(p.D, kPair); }
   int64_t index(int64_t n) const { return n * p.S + head; }  // a token's place in [N][S]
 
   const S* weight_row(int64_t v) const {
@@ -147,11 +157,12 @@ template <class S> struct LinearCrossEntropy {
     return base + plan.dw + block * p.C * p.S * p.D + row;
   }
   T* db_sum(int64_t block) const { return base + plan.db + block * p.C * p.S; }  // [C][S]
-  T* xt_panel(int64_t block, int64_t panel) const {  // [D][panel_width]
-    return base + plan.xt + (block * width() + panel * kNR) * p.D;
+  E* xt_panel(int64_t block, int64_t panel) const {  // [D / kPair][panel_width]
+    return reinterpret_cast<E*>(base + plan.xt) + (block * width() + panel * kNR) * depth();
   }
-  T* x_panel(int64_t block, int64_t panel) const {  // [width][kNR]
-    return base + plan.x + block * width() * round_up(p.D, kNR) + panel * width() * kNR;
+  E* x_panel(int64_t block, int64_t panel) const {  // [width / kPair][kNR]
+    const int64_t steps = width() / kPair;
+    return reinterpret_cast<E*>(base + plan.x) + steps * (block * round_up(p.D, kNR) + panel * kNR);
   }
   enum PerToken { kLse, kLow, kTargetLogit, kTokenMass, kSoftmax, kOnehot, kSmooth, kProbs };
   T* per_token(PerToken what, int64_t block) const {  // [width]
@@ -160,19 +171,32 @@ template <class S> struct LinearCrossEntropy {
 
   // Per-thread buffers.
   struct Local {
-    T *converted, *packed, *tile, *mixed, *edge;
+    E* converted;  // [kRows][kKC] of W
+    E* packed;     // W[kRows][D] in panels of kMR values of d, [kRows / kPair] steps each
+    E* row;        // [D]
+    T *tile, *mixed;    // [kRows][width]
+    T* edge;            // [kRows][kNR]
+    E *along, *across;  // the gradient tile as an operand: the tile itself, or what round_tile makes of it
   };
   Local local() const {
     const int64_t D = round_up<int64_t>(p.D, 16), tile = kRows * width();
-    T* at = static_cast<T*>(thread_scratch(
+    const int64_t rounded = kPair == 1 ? 0 : tile / kPair;
+    E* at = static_cast<E*>(thread_scratch(
         kScratchKernel,
-        size_t(kRows * kKC + kRows * D + D + 2 * tile + kRows * kNR) * sizeof(T)));
+        size_t(kRows * kKC + kRows / kPair * D + D + 2 * tile + kRows * kNR + 2 * rounded) * sizeof(E)));
+    const auto take = [&](int64_t n) { return at += n, at - n; };
     Local l;
-    l.converted = at;
-    l.packed = l.converted + kRows * kKC;
-    l.tile = l.packed + kRows * D + D;
-    l.mixed = l.tile + tile;
-    l.edge = l.mixed + tile;
+    l.converted = take(kRows * kKC);
+    l.packed = take(kRows / kPair * D);
+    l.row = take(D);
+    l.tile = reinterpret_cast<T*>(take(tile));
+    l.mixed = reinterpret_cast<T*>(take(tile));
+    l.edge = reinterpret_cast<T*>(take(kRows * kNR));
+    l.along = l.across = reinterpret_cast<E*>(l.tile);
+    if constexpr (kPair > 1) {
+      l.along = take(rounded);
+      l.across = take(rounded);
+    }
     return l;
   }
 
@@ -184,16 +208,18 @@ template <class S> struct LinearCrossEntropy {
       const int64_t block = item / plan.panels, panel = item % plan.panels;
       const int64_t w = panel_width(panel), n0 = first_token(block) + panel * kNR;
       const int64_t n = greatest<int64_t>(0, least(w, tokens(block) - panel * kNR));
-      T* const row = static_cast<T*>(thread_scratch(kScratchPack, size_t(round_up(p.D, kNR)) * sizeof(T)));
-      T* const xt = xt_panel(block, panel);
-      if (n < w) __builtin_memset(xt, 0, size_t(p.D * w) * sizeof(T));
+      E* const row = static_cast<E*>(thread_scratch(kScratchPack, size_t(round_up(p.D, kNR)) * sizeof(E)));
+      E* const xt = xt_panel(block, panel);
+      if (n < w) __builtin_memset(xt, 0, size_t(depth() * w) * sizeof(E));
       for (int64_t i = 0; i < n; ++i) {
-        convert_row(p.D, static_cast<const S*>(p.input) + (n0 + i) * p.D, 1, row);
-        for (int64_t d = 0; d < p.D; ++d) xt[d * w + i] = row[d];
-        if (!p.dlinear_weight) continue;
+        const S* const x = static_cast<const S*>(p.input) + (n0 + i) * p.D;
+        Pack<E>::along(p.D, x, 1, row);
+        for (int64_t k = 0; k < depth(); ++k) xt[k * w + i] = row[k];
+        if (!p.dlinear_weight || i % kPair != 0) continue;
+        if constexpr (kPair > 1) Pack<E>::across(p.D, x, 1, i + 1 < n ? p.D : 0, row);
         for (int64_t d = p.D; d < round_up(p.D, kNR); ++d) row[d] = 0;
         for (int64_t d = 0; d < p.D; d += kNR)
-          __builtin_memcpy(x_panel(block, d / kNR) + (panel * kNR + i) * kNR, row + d, kNR * sizeof(T));
+          __builtin_memcpy(x_panel(block, d / kNR) + (panel * kNR + i) / kPair * kNR, row + d, kNR * sizeof(E));
       }
     });
   }
@@ -203,19 +229,20 @@ template <class S> struct LinearCrossEntropy {
   // out[v][token] = cap(W[v] . x[token] + bias[v]) for a tile of classes.
   void logits_tile(int64_t block, int64_t tile, const Local& l, T* out) const {
     const int64_t M = rows(tile), v0 = tile * kRows;
-    for (int64_t k0 = 0; k0 < greatest<int64_t>(p.D, 1); k0 += kKC) {
-      const int64_t K = least(kKC, p.D - k0);
-      const T* a = l.converted;
+    for (int64_t k0 = 0; k0 < greatest<int64_t>(depth(), 1); k0 += kKC) {
+      const int64_t K = least(kKC, depth() - k0), d0 = k0 * kPair;
+      const E* a = l.converted;
       int64_t lda = kKC;
       if constexpr (Plan::kDirect) {
         a = weight_row(v0) + k0;
         lda = p.S * p.D;
       } else {
-        for (int64_t v = 0; v < M; ++v) convert_row(K, weight_row(v0 + v) + k0, 1, l.converted + v * kKC);
+        for (int64_t v = 0; v < M; ++v)
+          Pack<E>::along(least(K * kPair, p.D - d0), weight_row(v0 + v) + d0, 1, l.converted + v * kKC);
       }
       for (int64_t panel = 0; panel < plan.panels; ++panel) {
         const int64_t w = panel_width(panel);
-        const T* b = xt_panel(block, panel) + k0 * w;
+        const E* b = xt_panel(block, panel) + k0 * w;
         if (k0 == 0) matmul<Mul, kRowMajor, kOverwrite>(M, w, K, a, lda, b, w, out + panel * kNR, width());
         else matmul<Mul, kRowMajor, kAccumulate>(M, w, K, a, lda, b, w, out + panel * kNR, width());
       }
@@ -431,30 +458,44 @@ template <class S> struct LinearCrossEntropy {
     }
   }
 
+  // The gradient tile rounded to bf16, as both products take it: pairs of tokens [rows][width / 2], and
+  // panels of pairs of classes [rows / 2][panel_width], 0 behind the last class.
+  void round_tile(int64_t tile, const Local& l) const {
+    const int64_t M = rows(tile);
+    for (int64_t panel = 0; panel < plan.panels; ++panel)
+      for (int64_t v = 0; v < M; v += 2)
+        for (int64_t j = 0; j < panel_width(panel); j += kL) {
+          const int64_t at = v * width() + panel * kNR + j;
+          const V even = load(l.tile + at), odd = v + 1 < M ? load(l.tile + at + width()) : V{};
+          bf16* const along = reinterpret_cast<bf16*>(l.along) + at;
+          store(along, even);
+          store(along + width(), odd);  // a tile has an even number of rows, this one may have less
+          const Words pairs = pair_bf16(even, odd);
+          E* const across = l.across + panel * kNR * ceil_div(M, kPair) + v / 2 * panel_width(panel);
+          __builtin_memcpy(across + j, &pairs, sizeof pairs);
+        }
+  }
+
   // dW[v] += sum over tokens of g[v][token] x[token]
-  void add_weight_gradient(int64_t block, int64_t tile, const T* g, const Local& l) const {
-    const int64_t M = rows(tile), v0 = tile * kRows, n = tokens(block), ldc = p.S * p.D;
+  void add_weight_gradient(int64_t block, int64_t tile, const Local& l) const {
+    const int64_t M = rows(tile), v0 = tile * kRows, ldc = p.S * p.D, ldg = width() / kPair;
+    const int64_t steps = ceil_div(tokens(block), kPair);
     for (int64_t d = 0; d < p.D; d += kNR) {
-      const T* x = x_panel(block, d / kNR);
+      const E* x = x_panel(block, d / kNR);
       T* const out = dw_sum(block, v0) + d;
       const int64_t w = least(kNR, p.D - d);
       const bool whole = w % kL == 0;
-      // dW comes from memory at each chunk, in rows too short for the hardware to see ahead.
-      if (chunk > 0 && d + kNR < p.D)
-        for (int64_t v = 0; v < M; ++v)
-          for (int64_t i = 0; i < kNR * int64_t(sizeof(T)); i += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(out + v * ldc + kNR) + i, 1);
-      for (int64_t k0 = 0; k0 < n; k0 += kKC) {
-        const int64_t K = least(kKC, n - k0);
-        const T *a = g + k0, *b = x + k0 * kNR;
+      for (int64_t k0 = 0; k0 < steps; k0 += kKC) {
+        const int64_t K = least(kKC, steps - k0);
+        const E *a = l.along + k0, *b = x + k0 * kNR;
         if (whole && (chunk > 0 || k0 > 0))
-          matmul<Mul, kRowMajor, kAccumulate>(M, w, K, a, width(), b, kNR, out, ldc);
+          matmul<Mul, kRowMajor, kAccumulate>(M, w, K, a, ldg, b, kNR, out, ldc);
         else if (whole)
-          matmul<Mul, kRowMajor, kOverwrite>(M, w, K, a, width(), b, kNR, out, ldc);
+          matmul<Mul, kRowMajor, kOverwrite>(M, w, K, a, ldg, b, kNR, out, ldc);
         else if (k0 > 0)
-          matmul<Mul, kRowMajor, kAccumulate>(M, kNR, K, a, width(), b, kNR, l.edge, kNR);
+          matmul<Mul, kRowMajor, kAccumulate>(M, kNR, K, a, ldg, b, kNR, l.edge, kNR);
         else
-          matmul<Mul, kRowMajor, kOverwrite>(M, kNR, K, a, width(), b, kNR, l.edge, kNR);
+          matmul<Mul, kRowMajor, kOverwrite>(M, kNR, K, a, ldg, b, kNR, l.edge, kNR);
       }
       if (whole) continue;
       for (int64_t v = 0; v < M; ++v)
@@ -467,24 +508,24 @@ template <class S> struct LinearCrossEntropy {
   }
 
   // dX^T[d] += sum over the tile of W[v][d] g[v], W packed in panels of kMR values of d.
-  void add_input_gradient(int64_t tile, const T* g, const Local& l, T* out, bool first) const {
-    const int64_t M = rows(tile), v0 = tile * kRows;
-    T* const row = l.packed + kRows * round_up<int64_t>(p.D, 16);
-    for (int64_t v = 0; v < M; ++v) {
-      const T* source = row;
+  void add_input_gradient(int64_t tile, const Local& l, T* out, bool first) const {
+    const int64_t M = rows(tile), v0 = tile * kRows, K = ceil_div(M, kPair);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t v = k * kPair;
+      const E* source = l.row;
       if constexpr (Plan::kDirect) source = weight_row(v0 + v);
-      else convert_row(p.D, weight_row(v0 + v), 1, row);
+      else Pack<E>::across(p.D, weight_row(v0 + v), 1, v + 1 < M ? p.S * p.D : 0, l.row);
       int64_t d = 0;
       for (; d + kMR <= p.D; d += kMR)
-        __builtin_memcpy(l.packed + d * M + v * kMR, source + d, kMR * sizeof(T));
-      for (int64_t i = d; i < p.D; ++i) l.packed[d * M + v * kMR + i - d] = source[i];
+        __builtin_memcpy(l.packed + d * K + k * kMR, source + d, kMR * sizeof(E));
+      for (int64_t i = d; i < p.D; ++i) l.packed[d * K + k * kMR + i - d] = source[i];
     }
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
-      const int64_t w = panel_width(panel);
-      const T* b = g + panel * kNR;
+      const int64_t w = panel_width(panel), ldb = kPair == 1 ? width() : w;
+      const E* b = l.across + panel * kNR * (kPair == 1 ? 1 : K);
       T* const c = out + panel * kNR;
-      if (first) matmul<Mul, kPanels, kOverwrite>(p.D, w, M, l.packed, M, b, width(), c, width());
-      else matmul<Mul, kPanels, kAccumulate>(p.D, w, M, l.packed, M, b, width(), c, width());
+      if (first) matmul<Mul, kPanels, kOverwrite>(p.D, w, K, l.packed, K, b, ldb, c, width());
+      else matmul<Mul, kPanels, kAccumulate>(p.D, w, K, l.packed, K, b, ldb, c, width());
     }
   }
 
@@ -506,9 +547,9 @@ template <class S> struct LinearCrossEntropy {
         if (p.token.probs) mixed_tile(block, tile, l);
         gradient_tile(block, tile, x, p.token.probs ? l.mixed : nullptr, l.tile);
         if (p.dlinear_bias) add_bias_gradient(block, tile, l.tile);
-        if (p.dlinear_weight) add_weight_gradient(block, tile, l.tile, l);
-        if (p.dinput)
-          add_input_gradient(tile, l.tile, l, dx_sum(segment, block), tile == begin && head == 0);
+        if constexpr (kPair > 1) round_tile(tile, l);
+        if (p.dlinear_weight) add_weight_gradient(block, tile, l);
+        if (p.dinput) add_input_gradient(tile, l, dx_sum(segment, block), tile == begin && head == 0);
       }
     });
   }
