@@ -32,7 +32,7 @@ from fastlm.ops import KERNEL_DTYPES, autocast_is_on, transforms_are_off
 # What a wrapper without memory answers itself, and what leaves it as it is.
 _METADATA = frozenset(
     "shape dtype device layout ndim is_cpu is_cuda is_meta is_mps is_xpu is_nested is_sparse is_quantized "
-    "requires_grad is_leaf grad_fn dim size numel nelement __len__ stride storage_offset is_contiguous "
+    "requires_grad is_leaf grad_fn _base _is_view dim size numel nelement __len__ stride storage_offset is_contiguous "
     "is_floating_point is_complex element_size itemsize nbytes get_device".split()
 )
 _IDENTITIES = frozenset(("contiguous",))
@@ -175,11 +175,24 @@ class _Placeholder(torch.autograd.Function):
         return (*(next(grads) if need else None for need in needs), None, None, None)
 
 
+class _Through(torch.autograd.Function):
+    """Logits made for good, whose gradient passes the placeholder, where hooks wait for it."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits._recipe.compute()
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        return dlogits
+
+
 class Logits(Deferred):
     """Logits of a linear layer, made when something other than a cross-entropy reads them."""
 
     _recipe: _Recipe
     _dense: Tensor | None
+    _hooked: bool  # someone waits for their gradient, as FSDP's root module does
 
     @staticmethod
     def make(recipe: _Recipe, dtype: torch.dtype) -> Logits:
@@ -190,13 +203,13 @@ class Logits(Deferred):
                 logits = _Placeholder.apply(hidden, weight, bias, recipe, shape, dtype)
         else:
             logits = Logits(shape, dtype, hidden.device)
-        logits._recipe, logits._dense = recipe, None
+        logits._recipe, logits._dense, logits._hooked = recipe, None, False
         return logits
 
     def dense(self) -> Tensor:
         if self._dense is None:
             self._recipe.check()
-            self._dense = self._recipe.compute()
+            self._dense = _Through.apply(self) if self._hooked else self._recipe.compute()
         return self._dense
 
     def _then(self, name: str, value: Any, dtype: torch.dtype | None = None) -> Logits:
@@ -211,6 +224,12 @@ class Logits(Deferred):
 
     def _take(self, name: str, args: tuple, kwargs: dict) -> Any:
         if self._dense is not None:  # it may have been written to, and costs nothing any more
+            return NotImplemented
+        if name == "register_hook":
+            self._hooked = True
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.register_hook(*args)
+        if self._hooked:
             return NotImplemented
         if name == "cross_entropy":
             return self._cross_entropy(*args, **kwargs)
