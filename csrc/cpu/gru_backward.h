@@ -11,12 +11,16 @@
 namespace fastlm::FASTLM_ISA::gru {
 
 // Scratch of a backward call. Panels j hold 3 adjacent vectors of units.
-template <class S, class F = compute_t<S>> struct BackwardSpace {
+template <class S> struct BackwardSpace {
+  using F = compute_t<S>;
+  using E = typename Factors<S>::E;
+  using R = typename Factors<S>::R;
   Division division;
-  int64_t blocks, ldh, ldg, lddelta, input;  // input: offset of the gradient of x W in a row of deltas
-  F* weights;        // [D][blocks][3H][3][lanes], k in the order n, r, z
+  int64_t blocks, K, ldh, ldg;  // K: steps of a sum over 3H
+  int64_t lddelta, input;       // input: offset of the gradient of x W in a row of deltas
+  E* weights;        // [D][blocks][K][3][lanes], k in the order n, r, z
   F* carry;          // [D][B][ldh] gradient of the state, from the steps after
-  F* step;           // [D][2][B][ldg] (dq, dr, dz) of a step
+  R* step;           // [D][2][B][ldg] (dq, dr, dz) of a step
   F* normed_step;    // [D][B][ldg] the same before the norm's own backward, for layer norm
   S* deltas;         // [D][N][lddelta]
   S* normed_deltas;  // [D][N][3H] (dq, dr, dz) before the norm's own backward
@@ -30,16 +34,17 @@ template <class S, class F = compute_t<S>> struct BackwardSpace {
     const int64_t H = p.H;
     const bool norm = p.weights[0].g_hh;
     blocks = ceil_div<int64_t>(H, kPanel<F>);
+    K = Factors<S>::steps(p, 3 * H);
     ldh = padded<F>(H);
     ldg = padded<F>(3 * H);
     input = norm ? 3 * H : H;
     lddelta = input + 3 * H;
-    division = divide(p, blocks);
+    division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
     // Batches of one size in the compute type: the state before is the output, one step away.
     const bool shifted = sizeof(S) == sizeof(F) && p.N == p.T * p.B;
-    weights = arena.take<F>(p.D * blocks * 3 * H * kPanel<F>);
+    weights = arena.take<E>(p.D * blocks * K * kPanel<F>);
     carry = arena.take<F>(p.D * p.B * ldh);
-    step = arena.take<F>(p.D * 2 * p.B * ldg);
+    step = arena.take<R>(p.D * 2 * p.B * ldg);
     normed_step = arena.take<F>(norm ? p.D * p.B * ldg : 0);
     deltas = arena.take<S>(p.D * p.N * lddelta);
     normed_deltas = arena.take<S>(norm && g.weights_wanted ? p.D * p.N * 3 * H : 0);
@@ -60,15 +65,18 @@ template <class S> int64_t backward_workspace(const GruParams& p, const GruGradi
 }
 
 // Row k of the packed weights is row (k + 2H) mod 3H of w: gate order n, r, z.
-template <class S> void pack_units(const Pool& pool, int64_t H, const S* w, compute_t<S>* panels) {
-  using F = compute_t<S>;
-  parallel(pool, ceil_div(H, kPanel<F>), 1, [&](int64_t begin, int64_t end) {
+template <class S, class E> void pack_units(const Pool& pool, int64_t H, const S* w, E* panels) {
+  constexpr int64_t kPair = Pack<E>::kPair;
+  const int64_t K = ceil_div(3 * H, kPair);
+  const auto row = [&](int64_t k) { return (k < H ? k + 2 * H : k - H) * H; };
+  parallel(pool, ceil_div(H, kPanel<E>), 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      F* panel = panels + j * 3 * H * kPanel<F>;
-      const int64_t n = least(kPanel<F>, H - j * kPanel<F>);
-      if (n < kPanel<F>) __builtin_memset(panel, 0, size_t(3 * H * kPanel<F>) * sizeof(F));
-      for (int64_t k = 0; k < 3 * H; ++k)
-        convert_row(n, w + (k < H ? k + 2 * H : k - H) * H + j * kPanel<F>, 1, panel + k * kPanel<F>);
+      E* panel = panels + j * K * kPanel<E>;
+      const int64_t n = least(kPanel<E>, H - j * kPanel<E>);
+      if (n < kPanel<E>) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
+      for (int64_t k = 0; k < 3 * H; k += kPair)
+        Pack<E>::across(n, w + row(k) + j * kPanel<E>, 1, k + 1 < 3 * H ? row(k + 1) - row(k) : 0,
+                        panel + k / kPair * kPanel<E>);
     }
   });
 }
@@ -98,6 +106,8 @@ void column_sums(const Pool& pool, int64_t rows, int64_t n, const S* a, int64_t 
 
 template <class S> struct Backward {
   using F = compute_t<S>;
+  using E = typename Factors<S>::E;
+  using R = typename Factors<S>::R;
   static constexpr int64_t kL = kLanes<F>;
   const GruParams& p;
   const GruGradients& g;
@@ -106,8 +116,9 @@ template <class S> struct Backward {
   bool norm() const { return p.weights[0].g_hh; }
   // The time step that the direction d comes to as its s-th, from the last that it took.
   int64_t time(int64_t d, int64_t s) const { return d ? s : p.T - 1 - s; }
+  E* weights(int64_t d) const { return space.weights + d * space.blocks * space.K * kPanel<F>; }
   F* carry(int64_t d) const { return space.carry + d * p.B * space.ldh; }
-  F* step_deltas(int64_t d, int64_t s) const {
+  R* step_deltas(int64_t d, int64_t s) const {
     return space.step + (d * 2 + (s & 1)) * p.B * space.ldg;
   }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * (3 * p.H + kL); }
@@ -136,8 +147,10 @@ FASTLM_INLINE const S* Backward<S>::previous_state(int64_t d, int64_t t, int64_t
 
 template <class S> void Backward<S>::prepare(int64_t d) const {
   const GruWeights& w = p.weights[d];
-  pack_units(p.pool, p.H, static_cast<const S*>(w.w_hh),
-             space.weights + d * space.blocks * 3 * p.H * kPanel<F>);
+  const S* w_hh = static_cast<const S*>(w.w_hh);
+  Factors<S>::pack(p, weights(d), [&](auto* to) { pack_units(p.pool, p.H, w_hh, to); });
+  // What may stand beside the last gradient in its pair.
+  for (int64_t i = 0; i < 2 * p.B; ++i) step_deltas(d, 0)[i * space.ldg + 3 * p.H] = R{};
   for (int64_t b = 0; b < p.B; ++b)
     widen(p.H, g.dhn ? static_cast<const S*>(g.dhn) + (d * p.B + b) * p.H : nullptr,
           carry(d) + b * space.ldh);
@@ -153,17 +166,18 @@ void Backward<S>::products(int64_t d, int64_t tile, int64_t part, int64_t s) con
   const int64_t b = space.bounds[tile], H = p.H, blocks = space.blocks, parts = space.division.parts;
   const int64_t rows = least(space.bounds[tile + 1], active(p, time(d, s))) - b;
   if (rows <= 0) return;
-  panel_products(rows, 3 * H, step_deltas(d, s) + b * space.ldg, space.ldg,
-                 space.weights + d * blocks * 3 * H * kPanel<F>, blocks * part / parts,
-                 blocks * (part + 1) / parts, [&](int64_t j, const F* c) {
-                   const int64_t i0 = j * kPanel<F>;
-                   for (int64_t m = 0; m < rows; ++m) {
-                     F* dh = carry(d) + (b + m) * space.ldh + i0;
-                     each_vector<F>(0, least(kPanel<F>, H - i0), [&](int64_t i, int64_t w) {
-                       put<F>(dh + i, get<F>(dh + i, w) + load(c + m * kPanel<F> + i), w);
-                     });
-                   }
-                 });
+  const R* a = step_deltas(d, s) + b * space.ldg;
+  const auto add = [&](int64_t j, const F* c) {
+    const int64_t i0 = j * kPanel<F>;
+    for (int64_t m = 0; m < rows; ++m) {
+      F* dh = carry(d) + (b + m) * space.ldh + i0;
+      each_vector<F>(0, least(kPanel<F>, H - i0), [&](int64_t i, int64_t w) {
+        put<F>(dh + i, get<F>(dh + i, w) + load(c + m * kPanel<F> + i), w);
+      });
+    }
+  };
+  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  step_products<S>(p, rows, space.K, a, space.ldg, weights(d), first, last, add);
 }
 
 // dh of step s is complete: the gradients of the gates, and what passes by them to the step before.
@@ -187,7 +201,8 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
     S* dnormed = space.normed_deltas ? space.normed_deltas + (d * p.N + row) * 3 * H : nullptr;
     S* previous = space.previous ? space.previous + (d * p.N + row) * H : nullptr;
     F* dh = carry(d) + b * space.ldh;
-    F* hidden = (norm() ? space.normed_step + d * p.B * space.ldg : step_deltas(d, s)) + b * space.ldg;
+    R* hidden = step_deltas(d, s) + b * space.ldg;
+    F* before_norm = space.normed_step + (d * p.B + b) * space.ldg;
     each_vector<F>(first, last, [&](int64_t i, int64_t w) {
       const Vec<F> r = get<F>(kept + i, w), z = get<F>(kept + H + i, w);
       const Vec<F> n = get<F>(kept + 2 * H + i, w), q = get<F>(kept + 3 * H + i, w);
@@ -204,10 +219,17 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
       const Vec<F> dz = gain_z * (h - n) * z * (one - z);
       const Vec<F> dr = dn * q * r * (one - r), dq = dn * r;
       put<F>(dh + i, grad * keep, w);
-      put<F>(hidden + i, dq, w);
-      put<F>(hidden + H + i, dr, w);
-      put<F>(hidden + 2 * H + i, dz, w);
-      if (!norm()) put<F>(delta + i, dq, w);
+      const auto put_hidden = [&](auto* to) {
+        put<F>(to + i, dq, w);
+        put<F>(to + H + i, dr, w);
+        put<F>(to + 2 * H + i, dz, w);
+      };
+      if (norm()) {
+        put_hidden(before_norm);
+      } else {
+        put_hidden(hidden);
+        put<F>(delta + i, dq, w);
+      }
       put<F>(dx + i, dr, w);
       put<F>(dx + H + i, dz, w);
       put<F>(dx + 2 * H + i, dn, w);

@@ -7,11 +7,15 @@ namespace fastlm::FASTLM_ISA::gru {
 inline constexpr double kNormEps = 1e-5;
 
 // Scratch of a forward call. Panels u hold the three gates of units u * lanes ... .
-template <class F> struct ForwardSpace {
+template <class S> struct ForwardSpace {
+  using F = compute_t<S>;
+  using E = typename Factors<S>::E;
+  using R = typename Factors<S>::R;
   Division division;
-  int64_t blocks, ldh, ldraw;
-  F* weights;          // [D][blocks][H][3][lanes]
+  int64_t blocks, K, ldh, ldraw;  // K: steps of a sum over H
+  E* weights;          // [D][blocks][K][3][lanes]
   F* state;            // [D][2][B][ldh], h of the step before and of this one
+  R* rounded;          // [D][2][B][ldh], the same as factors, where these are rounded
   F* products;         // [D][N][3H] x W + b, or null where these lie in the tensor of the gates
   F* raw;              // [D][B][ldraw] h W in the order of the panels, for layer norm
   F* bias;             // [D][2][3H + lanes]: b_ih + (b_hr, b_hz, 0), and b_hh for q alone
@@ -22,12 +26,14 @@ template <class F> struct ForwardSpace {
 
   ForwardSpace(const GruParams& p, Arena& arena) {
     blocks = ceil_div<int64_t>(p.H, kLanes<F>);
+    K = Factors<S>::steps(p, p.H);
     ldh = padded<F>(p.H);
     ldraw = padded<F>(blocks * kPanel<F>);
-    division = divide(p, blocks);
+    division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
     const bool norm = p.weights[0].g_hh;
-    weights = arena.take<F>(p.D * blocks * p.H * kPanel<F>);
+    weights = arena.take<E>(p.D * blocks * K * kPanel<F>);
     state = arena.take<F>(p.D * 2 * p.B * ldh);
+    rounded = arena.take<R>(Factors<S>::kRounded ? p.D * 2 * p.B * ldh : 0);
     products = arena.take<F>(p.gates ? 0 : p.D * p.N * 3 * p.H);
     raw = arena.take<F>(norm ? p.D * p.B * ldraw : 0);
     bias = arena.take<F>(p.D * 2 * (3 * p.H + kLanes<F>));
@@ -40,24 +46,24 @@ template <class F> struct ForwardSpace {
 
 template <class S> int64_t forward_workspace(const GruParams& p) {
   Arena arena{nullptr};
-  ForwardSpace<compute_t<S>>(p, arena);
+  ForwardSpace<S>(p, arena);
   return arena.used;
 }
 
-// w[3H][H] to panels [blocks][H][3][lanes], zeros behind the last unit.
-template <class S> void pack_gates(const Pool& pool, int64_t H, const S* w, compute_t<S>* panels) {
-  using F = compute_t<S>;
-  constexpr int64_t kL = kLanes<F>;
+// w[3H][H] to panels [blocks][K][3][lanes], zeros behind the last unit.
+template <class S, class E> void pack_gates(const Pool& pool, int64_t H, const S* w, E* panels) {
+  constexpr int64_t kL = kLanes<E>;
+  const int64_t K = ceil_div<int64_t>(H, Pack<E>::kPair);
   parallel(pool, ceil_div(H, kL), 1, [&](int64_t begin, int64_t end) {
-    F* rows = static_cast<F*>(thread_scratch(kScratchPack, size_t(kL * H) * sizeof(F)));
+    E* rows = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * K) * sizeof(E)));
     for (int64_t u = begin; u < end; ++u) {
-      F* panel = panels + u * H * kPanel<F>;
+      E* panel = panels + u * K * kPanel<E>;
       const int64_t n = least(kL, H - u * kL);
-      if (n < kL) __builtin_memset(panel, 0, size_t(H * kPanel<F>) * sizeof(F));
+      if (n < kL) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
       for (int64_t g = 0; g < 3; ++g) {
         const S* src = w + (g * H + u * kL) * H;
-        for (int64_t i = 0; i < n; ++i) convert_row(H, src + i * H, 1, rows + i * H);
-        transpose(n, H, rows, H, panel + g * kL, kPanel<F>);
+        for (int64_t i = 0; i < n; ++i) Pack<E>::along(H, src + i * H, 1, rows + i * K);
+        transpose(n, K, rows, K, panel + g * kL, kPanel<E>);
       }
     }
   });
@@ -65,13 +71,21 @@ template <class S> void pack_gates(const Pool& pool, int64_t H, const S* w, comp
 
 template <class S> struct Forward {
   using F = compute_t<S>;
+  using E = typename Factors<S>::E;
+  using R = typename Factors<S>::R;
+  static constexpr bool kRounded = Factors<S>::kRounded;
   static constexpr int64_t kL = kLanes<F>;
   const GruParams& p;
-  const ForwardSpace<F>& space;
+  const ForwardSpace<S>& space;
   int64_t lanes3 = 3 * p.H + kL;  // of bias and gain
   int64_t ldx = p.gates ? 4 * p.H : 3 * p.H;  // of products
 
   F* state(int64_t d, int64_t s) const { return space.state + (d * 2 + (s & 1)) * p.B * space.ldh; }
+  R* factors(int64_t d, int64_t s) const {
+    if constexpr (kRounded) return space.rounded + (d * 2 + (s & 1)) * p.B * space.ldh;
+    else return state(d, s);
+  }
+  E* weights(int64_t d) const { return space.weights + d * space.blocks * space.K * kPanel<F>; }
   F* bias(int64_t d, int which) const { return space.bias + (d * 2 + which) * lanes3; }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * lanes3; }
   F* gates(int64_t d) const { return static_cast<F*>(p.gates) + d * p.N * 4 * p.H; }
@@ -92,16 +106,18 @@ template <class S> struct Forward {
   void end_states(int64_t d) const;
   void step(int64_t d, int64_t tile, int64_t part, int64_t s) const;
   void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
-  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc,
-                  const F* h, F* next) const;
+  template <class Visit> void products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s,
+                                       const Visit& f) const;
+  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc, int64_t b,
+                  int64_t s) const;
   void run() const;
 };
 
 template <class S> void Forward<S>::prepare(int64_t d) const {
   const GruWeights& w = p.weights[d];
   const int64_t H = p.H;
-  pack_gates(p.pool, H, static_cast<const S*>(w.w_hh),
-             space.weights + d * space.blocks * H * kPanel<F>);
+  const S* w_hh = static_cast<const S*>(w.w_hh);
+  Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.pool, H, w_hh, to); });
   F *in = bias(d, 0), *hidden = bias(d, 1);
   widen(3 * H, static_cast<const S*>(w.b_ih), in);
   widen(3 * H, static_cast<const S*>(w.b_hh), hidden);
@@ -146,9 +162,15 @@ template <class S> void Forward<S>::input_products(int64_t d) const {
 template <class S> void Forward<S>::begin_states(int64_t d) const {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t first = d ? p.T - space.lengths[b] : 0;
+    const S* h0 = static_cast<const S*>(p.h0) + (d * p.B + b) * p.H;
     F* h = state(d, first) + b * space.ldh;
-    convert_row(p.H, static_cast<const S*>(p.h0) + (d * p.B + b) * p.H, 1, h);
+    convert_row(p.H, h0, 1, h);
     for (int64_t i = p.H; i < space.ldh; ++i) h[i] = F(0);
+    if constexpr (kRounded) {
+      __builtin_memcpy(factors(d, first) + b * space.ldh, h0, size_t(p.H) * sizeof(R));
+      // What may stand beside the last unit in its pair.
+      for (int64_t s = 0; s < 2; ++s) factors(d, s)[b * space.ldh + p.H] = R{};
+    }
   }
 }
 
@@ -160,11 +182,24 @@ template <class S> void Forward<S>::end_states(int64_t d) const {
   }
 }
 
-// Units of panel u for `rows` rows from `row` on: c[rows][3 lanes] (leading dimension ldc) is h W.
+// h W of a part's panels for the sequences b ... b + rows at step s, handed to f(panel, c).
+template <class S> template <class Visit>
+void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s, const Visit& f) const {
+  const int64_t parts = space.division.parts, blocks = space.blocks;
+  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  const R* h = factors(d, s) + b * space.ldh;
+  step_products<S>(p, rows, space.K, h, space.ldh, weights(d), first, last, f);
+}
+
+// Units of panel u at step s for `rows` sequences from b on, their rows being those from `row` on:
+// c[rows][3 lanes] (leading dimension ldc) is h W.
 template <class S>
 void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc,
-                            const F* h, F* next) const {
-  const int64_t H = p.H, i = u * kL, ldout = p.D * H;
+                            int64_t b, int64_t s) const {
+  const int64_t H = p.H, i = u * kL, ldout = p.D * H, ldh = space.ldh;
+  const F* h = state(d, s) + b * ldh;
+  F* next = state(d, s + 1) + b * ldh;
+  R* factor = factors(d, s + 1) + b * ldh;
   const F* x = products(d) + row * ldx + i;
   F* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
   S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
@@ -178,14 +213,15 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, con
       const Vec<F> z = sigmoid(get<F>(xm + H, w) + load(cm + kL));
       const Vec<F> q = load(cm + 2 * kL) + bias_q;
       const Vec<F> n = tanh(fma(r, q, get<F>(xm + 2 * H, w)));
-      const Vec<F> before = load(h + m * space.ldh + i);
+      const Vec<F> before = load(h + m * ldh + i);
       Vec<F> hidden = fma(z, before - n, n);
       if (zoneout) {  // so that u = 0 keeps the old state to the bit
         const Vec<F> u = update ? get<F>(update + m * ldout, w) : splat(F(1 - p.zoneout));
         hidden = fma(u * (splat(F(1)) - z), n - before, before);
       }
-      store(next + m * space.ldh + i, hidden);
+      store(next + m * ldh + i, hidden);
       put<F>(out + m * ldout, hidden, w);
+      if constexpr (kRounded) put<F>(factor + m * ldh + i, hidden, w);
       if (gate) {
         F* g = gate + m * 4 * H;
         put<F>(g, r, w);
@@ -205,13 +241,9 @@ void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
   const int64_t t = time(d, s), b = space.bounds[tile];
   const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
   if (rows <= 0) return;
-  const int64_t parts = space.division.parts, blocks = space.blocks;
-  const F* h = state(d, s) + b * space.ldh;
-  F* next = state(d, s + 1) + b * space.ldh;
-  panel_products(rows, p.H, h, space.ldh, space.weights + d * blocks * p.H * kPanel<F>,
-                 blocks * part / parts, blocks * (part + 1) / parts, [&](int64_t u, const F* c) {
-                   make_gates(d, p.offsets[t] + b, rows, u, c, kPanel<F>, h, next);
-                 });
+  products(d, b, rows, part, s, [&](int64_t u, const F* c) {
+    make_gates(d, p.offsets[t] + b, rows, u, c, kPanel<F>, b, s);
+  });
 }
 
 // With layer norm a step has two phases: products, then norms and gates. Every part forms the mean and
@@ -223,15 +255,12 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
   if (rows <= 0) return;
   const int64_t parts = space.division.parts, blocks = space.blocks, ldraw = space.ldraw;
   const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
-  const F* h = state(d, s) + b * space.ldh;
   F* raw = space.raw + (d * p.B + b) * ldraw;
   if (phase % 2 == 0) {
-    panel_products(rows, H, h, space.ldh, space.weights + d * blocks * H * kPanel<F>, first, last,
-                   [&](int64_t u, const F* c) {
-                     for (int64_t m = 0; m < rows; ++m)
-                       __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>,
-                                        size_t(kPanel<F>) * sizeof(F));
-                   });
+    products(d, b, rows, part, s, [&](int64_t u, const F* c) {
+      for (int64_t m = 0; m < rows; ++m)
+        __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>, size_t(kPanel<F>) * sizeof(F));
+    });
     return;
   }
   const int64_t row = p.offsets[t] + b;
@@ -257,8 +286,7 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
         if (p.normed) put<F>(normed(d) + (row + m) * 6 * H + (3 + g) * H + i, v, w);
         store(c + g * kL, v * get<F>(gain(d, 1) + g * H + i, w));
       }
-      make_gates(d, row + m, 1, u, c, kPanel<F>, h + m * space.ldh,
-                 state(d, s + 1) + (b + m) * space.ldh);
+      make_gates(d, row + m, 1, u, c, kPanel<F>, b + m, s);
     }
   }
 }
@@ -282,7 +310,7 @@ template <class S> void Forward<S>::run() const {
 
 template <class S> void forward(const GruParams& p) {
   Arena arena{static_cast<char*>(p.workspace)};
-  const ForwardSpace<compute_t<S>> space(p, arena);
+  const ForwardSpace<S> space(p, arena);
   Forward<S>{p, space}.run();
 }
 

@@ -40,11 +40,15 @@ struct Division {
 
 // Below this many multiply-adds a step is too short to be worth the wait for other threads.
 inline constexpr int64_t kSplitWork = 32 * 1024;
+// Packed weights of a direction, in bytes, that stay in a second-level cache. Of more, every tile streams
+// all at each step, and needs rows enough to pay for that; a part comes back to its own alone.
+inline constexpr int64_t kResident = 512 * 1024;
 
-FASTLM_INLINE Division divide(const GruParams& p, int64_t blocks) {
+FASTLM_INLINE Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
   const int64_t threads = greatest<int64_t>(p.pool.threads, 1);
+  const int64_t rows = weights > kResident ? 4 * kMR : kMR;  // of a tile, at least
   Division d;
-  d.tiles = greatest<int64_t>(least(ceil_div(threads, p.D), ceil_div<int64_t>(p.B, kMR)), 1);
+  d.tiles = greatest<int64_t>(least(ceil_div(threads, p.D), ceil_div(p.B, rows)), 1);
   const int64_t groups = p.D * d.tiles;
   const int64_t work = ceil_div(p.B, d.tiles) * 3 * p.H * p.H;
   d.parts = least(least(ceil_div(threads, groups), blocks), work / kSplitWork);
@@ -119,22 +123,73 @@ inline void lockstep(const Pool& pool, int64_t groups, int64_t parts, int64_t ph
 
 // ---- products with packed weights ----
 
-// A panel holds 3 vectors of columns for each k: [K][3][lanes]. In the forward these are the three
-// gates of one vector of units, in the backward three adjacent vectors of units.
+// A panel holds 3 vectors of columns for each step of k: [K][3][lanes]. In the forward these are the
+// three gates of one vector of units, in the backward three adjacent vectors of units.
 template <class F> inline constexpr int64_t kPanel = kNV * kLanes<F>;
 template <class F> inline constexpr int64_t kDepth = 24 * 1024 / (kPanel<F> * int64_t(sizeof(F)));
 
+// What a step multiplies, for storage type S: rows of R, read as elements E. These are the states or
+// gradients in the compute type themselves, or where the ISA has dot products of bf16, rounded to it.
+template <class S> struct Factors {
+  using Mul = ProductOf<S>;
+  using E = typename Mul::elem;
+  using R = typename Mul::value;
+  static constexpr int64_t kPair = sizeof(E) / sizeof(R);
+  static constexpr bool kRounded = kPair > 1;
+  static constexpr bool kWidens = kSame<S, bf16> && !kRounded;
+  // A single sequence waits for its weights: in half of the bytes it took 0.55 of the time for H = 1024
+  // and 0.75 for 256 (Zen 3). More of them wait for the multiply-adds, which widening would hold up.
+  static bool widened(const GruParams& p) { return kWidens && p.B == 1; }
+  static int64_t steps(const GruParams& p, int64_t n) { return ceil_div<int64_t>(n, widened(p) ? 2 : kPair); }
+  // f(weights) to pack them as elements of whichever type they have.
+  template <class Fill> static void pack(const GruParams& p, E* weights, const Fill& f) {
+    if constexpr (kWidens)
+      if (widened(p)) return f(reinterpret_cast<uint32_t*>(weights));
+    f(weights);
+  }
+};
+
+// Rows of float times weights packed as pairs of bf16, summed in the order of Float.
+struct WidenedPair {
+  using elem = uint32_t;
+  using acc = float;
+  struct Factors { Vec<float> even, odd; };
+  static FASTLM_INLINE Vec<float> madd(Factors a, Words b, Vec<float> c) {
+    c = fma(a.even, bits_of<Vec<float>>(b << 16), c);
+    return fma(a.odd, bits_of<Vec<float>>(b & (Words{} + 0xffff0000u)), c);
+  }
+};
+
+// Step k of a row, in all lanes.
+template <class Mul> struct RowOf {
+  using type = typename Mul::elem;
+  static FASTLM_INLINE Vec<type> step(const type* a, int64_t k) {
+    type x;
+    __builtin_memcpy(&x, a + k, sizeof x);
+    return splat<type>(x);
+  }
+};
+template <> struct RowOf<WidenedPair> {
+  using type = float;
+  static FASTLM_INLINE WidenedPair::Factors step(const float* a, int64_t k) {
+    return {splat(a[2 * k]), splat(a[2 * k + 1])};
+  }
+};
+
 // One row times kPanels panels: enough independent sums to hide the latency of the multiply-adds.
-template <class F, int kPanels>
-inline __attribute__((noinline)) void row_products(int64_t K, const F* a, const F* panel, F* c) {
+template <class Mul, int kPanels>
+inline __attribute__((noinline)) void row_products(int64_t K, const typename RowOf<Mul>::type* a,
+                                                   const typename Mul::elem* panel, typename Mul::acc* c) {
+  using F = typename Mul::acc;
+  using E = typename Mul::elem;
   Vec<F> acc[kPanels][kNV] = {};
   for (int64_t k = 0; k < K; ++k) {
-    const Vec<F> x = splat(a[k]);
+    const auto x = RowOf<Mul>::step(a, k);
 #pragma GCC unroll 8
     for (int i = 0; i < kPanels; ++i)
 #pragma GCC unroll 3
       for (int v = 0; v < kNV; ++v)
-        acc[i][v] = fma(x, load(panel + (i * K + k) * kPanel<F> + v * kLanes<F>), acc[i][v]);
+        acc[i][v] = Mul::madd(x, load_raw<Vec<E>>(panel + (i * K + k) * kPanel<F> + v * kLanes<F>), acc[i][v]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kPanels; ++i)
@@ -142,27 +197,34 @@ inline __attribute__((noinline)) void row_products(int64_t K, const F* a, const 
     for (int v = 0; v < kNV; ++v) store(c + i * kPanel<F> + v * kLanes<F>, acc[i][v]);
 }
 
-// c[rows][3 lanes] = a[rows][K] times each panel in [first, last), handed to f(panel, c).
-template <class F, class Visit>
-FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const F* a, int64_t lda, const F* panels,
-                                  int64_t first, int64_t last, const Visit& f) {
-  using Mul = Float<F>;
-  F* c = static_cast<F*>(
-      thread_scratch(kScratchKernel, size_t(greatest<int64_t>(rows, kMR) * kPanel<F>) * sizeof(F)));
-  if (rows == 1) {
-    int64_t i = first;
-    for (; i + kMR <= last; i += kMR) {
-      row_products<F, kMR>(K, a, panels + i * K * kPanel<F>, c);
-      for (int64_t j = 0; j < kMR; ++j) f(i + j, c + j * kPanel<F>);
-    }
-    for (; i < last; ++i) {
-      row_products<F, 1>(K, a, panels + i * K * kPanel<F>, c);
-      f(i, c);
-    }
-    return;
+// c[3 lanes] = a[K] times each panel in [first, last), handed to f(panel, c).
+template <class Mul, class Visit>
+FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a,
+                                  const typename Mul::elem* panels, int64_t first, int64_t last,
+                                  const Visit& f) {
+  using F = typename Mul::acc;
+  F c[kMR * kPanel<F>];
+  int64_t i = first;
+  for (; i + kMR <= last; i += kMR) {
+    row_products<Mul, kMR>(K, a, panels + i * K * kPanel<F>, c);
+    for (int64_t j = 0; j < kMR; ++j) f(i + j, c + j * kPanel<F>);
   }
+  for (; i < last; ++i) {
+    row_products<Mul, 1>(K, a, panels + i * K * kPanel<F>, c);
+    f(i, c);
+  }
+}
+
+// c[rows][3 lanes] = a[rows][K] times the same.
+template <class Mul, class Visit>
+FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const typename Mul::elem* a, int64_t lda,
+                                  const typename Mul::elem* panels, int64_t first, int64_t last,
+                                  const Visit& f) {
+  using F = typename Mul::acc;
+  if (rows == 1) return panel_products<Mul>(K, a, panels, first, last, f);
+  F* c = static_cast<F*>(thread_scratch(kScratchKernel, size_t(rows * kPanel<F>) * sizeof(F)));
   for (int64_t i = first; i < last; ++i) {
-    const F* panel = panels + i * K * kPanel<F>;
+    const typename Mul::elem* panel = panels + i * K * kPanel<F>;
     const int64_t depth = rows > kMR ? kDepth<F> : K;  // in the first-level cache while it is reused
     matmul<Mul, kRowMajor, kOverwrite>(rows, kPanel<F>, least(K, depth), a, lda, panel, kPanel<F>, c,
                                        kPanel<F>);
@@ -171,6 +233,19 @@ FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const F* a, int64_t l
                                           panel + k * kPanel<F>, kPanel<F>, c, kPanel<F>);
     f(i, c);
   }
+}
+
+// The same for the rows and weights of a step.
+template <class S, class Visit>
+FASTLM_INLINE void step_products(const GruParams& p, int64_t rows, int64_t K, const typename Factors<S>::R* a,
+                                 int64_t lda, const typename Factors<S>::E* panels, int64_t first,
+                                 int64_t last, const Visit& f) {
+  using E = typename Factors<S>::E;
+  if constexpr (Factors<S>::kWidens)
+    if (Factors<S>::widened(p))
+      return panel_products<WidenedPair>(K, a, reinterpret_cast<const uint32_t*>(panels), first, last, f);
+  panel_products<typename Factors<S>::Mul>(rows, K, reinterpret_cast<const E*>(a), lda / Factors<S>::kPair,
+                                           panels, first, last, f);
 }
 
 // Gains, biases: n storage elements at src (null: zeros) to dst.
