@@ -327,6 +327,7 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    license="MIT",
     ext_modules=[
         Extension("fastlm.libfastlm", sources=[]),
         Extension("fastlm.libfastlm_cuda", sources=[], optional=True),  # optional: not in every build
