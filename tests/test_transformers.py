@@ -341,9 +341,14 @@ def test_logits_are_made_once_and_in_time():
     assert "Logits" not in type(copy.deepcopy(out.logits)).__name__
 
 
-def test_one_position_is_made_at_once():
+def test_what_is_made_at_once(monkeypatch):
+    """One position, and evaluations of several processes, where FSDP takes the weight away."""
     model = integration.apply(make("llama"))
     assert type(model(input_ids=torch.ones(2, 1, dtype=torch.int64)).logits) is torch.Tensor
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert isinstance(model(**batch()).logits, Logits)
+    with torch.no_grad():
+        assert type(model(**batch()).logits) is torch.Tensor
 
 
 # ---- masks --------------------------------------------------------------------------------

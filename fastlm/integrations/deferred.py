@@ -323,6 +323,10 @@ def _is_plain(x: Tensor | None) -> bool:
     return x is None or type(x) is Tensor or type(x) is Parameter
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class _Deferring:
     def forward(self, input: Tensor) -> Tensor:
         if not self._defers(input):
@@ -338,7 +342,8 @@ class _Deferring:
     def _defers(self, input: Tensor) -> bool:
         """Whether logits wait. One position, as in generation, is read at once; compiled and traced
         programs, functorch transforms and tensors with a will of their own get the tensor itself, and so
-        does a layer whose weight is there during its forward only (FSDP's own unit, ZeRO-3, offloading)."""
+        does a layer whose weight is there during its forward only (FSDP's own unit, ZeRO-3, offloading).
+        An evaluation reads logits behind the forward, when FSDP's root has sharded the weight again."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(input, Tensor):
             return False
         return (
@@ -347,6 +352,7 @@ class _Deferring:
             and input.dtype in KERNEL_DTYPES
             and all(map(_is_plain, (input, self.weight, self.bias)))
             and transforms_are_off()
+            and (torch.is_grad_enabled() or not _is_distributed())
             and not hasattr(self, "_get_fsdp_state")
             and not hasattr(self, "_hf_hook")
             and not hasattr(self.weight, "ds_id")

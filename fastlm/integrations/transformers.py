@@ -422,7 +422,9 @@ def apply(model: torch.nn.Module, *, attention: bool = True, loss: bool = True) 
     step that only uses the loss never holds them; an evaluation that looks at them, or Trainer's label
     smoothing, which works on log-probabilities, does. Reading them after the weights have changed raises.
     Inside torch.compile, torch.export and functorch transforms, and where the output layer is an FSDP unit
-    of its own or under ZeRO-3, logits are ordinary tensors and the loss is the library's.
+    of its own or under ZeRO-3, and in evaluations (no gradients) of several processes, logits are ordinary
+    tensors and the loss is the library's. A training step under FSDP has its loss without logits; reading
+    them behind the model's forward raises.
 
     Args:
         model: a transformers.PreTrainedModel, or a module that contains some (PEFT, DDP). To be
