@@ -23,9 +23,9 @@ import torch
 
 from fastlm import checkpoint
 from fastlm.data import Corpus, evaluation_batches, open_corpus, prepare, training_batch
-from fastlm.models import MODELS, LanguageModel
+from fastlm.models import MODELS, LanguageModel, from_pretrained
 from fastlm.options import PRESETS, TrainOptions
-from fastlm.processes import Alone, join
+from fastlm.processes import Alone, Lost, join
 from fastlm.tokenizer import Tokenizer, load_tokenizer
 
 TIMED_STEPS = 20  # a timed run plans its number of steps after so many
@@ -33,20 +33,7 @@ LATE = 1.25  # and again where it would take so many times its time
 
 
 def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
-    """The model that the options describe, with fresh weights or those of ``options.init``."""
-    if options.init is not None:
-        model, own = checkpoint.load_model(options.init)
-        if own.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"{options.init}: this model was trained with another tokenizer than {options.tokenizer}"
-            )
-        if model.model_type != options.model:
-            raise ValueError(f"{options.init}: this is a {model.model_type}, give --model {model.model_type}")
-        if model.max_length is not None and options.block_size > model.max_length:
-            raise ValueError(
-                f"{options.init}: its context is {model.max_length}, block_size is {options.block_size}"
-            )
-        return model
+    """The model that the options describe, with fresh weights."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     values = PRESETS[options.model] | {k: v for k, v in given.items() if v is not None}
     values |= {
@@ -177,6 +164,7 @@ class Trainer:
         self.progress = Progress(max_steps=options.max_steps)
         self.bytes_per_token = len(corpus.val_text) / (len(corpus.val) - 1)
         self.interrupted = False
+        self.saved = False
         self.metrics = self.writer = None
 
     # Checkpoints
@@ -189,6 +177,7 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         processes.first(lambda: self._write(weights, tensors))
+        self.saved = True
 
     def _write(self, weights: dict, tensors: dict) -> None:
         self.metrics.flush()
@@ -210,13 +199,14 @@ class Trainer:
         random = {key: tensors.pop(key, None) for key in ("random.cpu", "random.cuda")}
         try:
             progress = Progress(**state)
-            checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
+            if progress.step:  # before the first, AdamW has no moments
+                checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
             torch.set_rng_state(random["random.cpu"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{folder}: not a checkpoint of this run: {error}") from None
         if random["random.cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(random["random.cuda"])
-        self.progress = progress
+        self.progress, self.saved = progress, True
 
     def _load_weights(self, folder: Path, weights: dict | None) -> None:
         """Takes those that the first process read in ``folder``."""
@@ -244,6 +234,9 @@ class Trainer:
         try:
             with self.processes.watched():
                 self._run()
+        except Lost:
+            handlers.pop(signal.SIGTERM, None)  # torchrun sends it now; first there is a reason to report
+            raise
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -252,6 +245,8 @@ class Trainer:
                     log.close()
 
     def _run(self) -> None:
+        if self.options.init_from is not None and not self.saved:
+            self.save()  # from now on the run goes on without that folder
         while not self.progress.stopped and self.progress.step != self.progress.max_steps:
             self._step()
             self._agree()
@@ -412,13 +407,13 @@ def resume(
     record = processes.tell(record)
     key = record.pop("corpus", None)
     options = processes.every(lambda: _recorded(folder, record, parallel))
-    corpus, tokenizer, model = _parts(options, processes)
+    steps = processes.tell(processes.first(lambda: checkpoint.list_steps(folder / "checkpoints")))
+    last = steps[-1] if steps else None
+    corpus, tokenizer, model = _parts(options, processes, last)
     processes.every(lambda: _check_corpus(folder, corpus, key))
     trainer = Trainer(options, corpus, tokenizer, model, run, report, processes)
-    steps = processes.first(lambda: checkpoint.list_steps(folder / "checkpoints"))
-    last = processes.tell(steps[-1:] if steps else [])
-    if last:
-        trainer.load(last[0])
+    if last is not None:
+        trainer.load(last)
     return trainer
 
 
@@ -444,9 +439,18 @@ def _summary_writer():
     return SummaryWriter
 
 
-def _parts(options: TrainOptions, processes: Alone) -> tuple[Corpus, Tokenizer, LanguageModel]:
+def _parts(
+    options: TrainOptions, processes: Alone, last: Path | None = None
+) -> tuple[Corpus, Tokenizer, LanguageModel]:
+    """``last``: the checkpoint that a run goes on from, whose weights are loaded later."""
     processes.check_same("options", options)
-    tokenizer = processes.every(lambda: _set_up(options, processes))
+    processes.every(lambda: _set_up(options, processes))
+    origin, kind = last or options.init_from, None
+    if origin is None:
+        tokenizer = processes.every(lambda: load_tokenizer(options.tokenizer))
+    else:
+        described = processes.first(lambda: _describe(Path(origin), options.block_size))
+        origin, kind, config, tokenizer = processes.tell(described)
     folder = processes.each_machine(
         lambda: (
             prepare(
@@ -461,10 +465,27 @@ def _parts(options: TrainOptions, processes: Alone) -> tuple[Corpus, Tokenizer, 
     corpus = processes.every(lambda: open_corpus(folder))
     processes.check_same("text to train on", corpus.key)
     torch.manual_seed(options.seed)
-    return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer))
+    if kind is None:
+        return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer))
+    model = processes.every(lambda: kind(config))
+    if last is None:
+        read = processes.first(lambda: from_pretrained(origin).stored_tensors())
+        weights = processes.spread(read, {})
+        processes.every(lambda: model.load_tensors(weights, origin))
+    return corpus, tokenizer, model
 
 
-def _set_up(options: TrainOptions, processes: Alone) -> Tokenizer:
+def _describe(origin: Path, block_size: int):
+    """The folder of weights that ``origin`` stands for, and what it holds."""
+    folder = checkpoint.find_model(origin)
+    kind, config, tokenizer = checkpoint.describe(folder)
+    limit = getattr(config, "n_positions", None)
+    if limit is not None and block_size > limit:
+        raise ValueError(f"{origin}: its context is {limit}, block_size is {block_size}")
+    return folder, kind, config, tokenizer
+
+
+def _set_up(options: TrainOptions, processes: Alone) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.tensorboard:
@@ -474,4 +495,3 @@ def _set_up(options: TrainOptions, processes: Alone) -> Tokenizer:
         torch.empty(0, device=processes.device(options.device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {options.device!r}: {str(error).splitlines()[0]}") from None
-    return load_tokenizer(options.tokenizer)

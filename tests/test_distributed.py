@@ -438,7 +438,7 @@ def _children(parent: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the processes are found in /proc")
 def test_killed_process(call, options, tmp_path):
     """Under torchrun: the others end at once and say why; the same command goes on, bit by bit."""
-    given = options(max_steps=200, save_every=10, eval_every=100, dropout=0.1, accumulate=1)
+    given = options(max_steps=80, save_every=10, eval_every=40, dropout=0.1, accumulate=1)
     folder = tmp_path / "killed"
     arguments = [
         part
@@ -460,7 +460,7 @@ def test_killed_process(call, options, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as output:
         launcher = subprocess.Popen(_command(*arguments), stdout=output, stderr=output, env=environment)
-        while launcher.poll() is None and not (folder / "checkpoints/step-30").exists():
+        while launcher.poll() is None and not (folder / "checkpoints/step-20").exists():
             time.sleep(0.01)
         workers = _children(launcher.pid)
         assert len(workers) == 2
