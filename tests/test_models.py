@@ -237,8 +237,8 @@ def test_bad_checkpoints(tmp_path):
     config.write_text('{"model_type": "gpt"')
     with pytest.raises(ValueError, match="config.json: can't be read"):
         from_pretrained(tmp_path)
-    config.write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"holds a model of type 'llama', expected one of \['gpt', 'gru'\]"):
+    config.write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match=r"holds a model of type 'mamba', expected one of \['gpt', 'gru'\]"):
         from_pretrained(tmp_path)
     config.write_text('{"model_type": "gpt2", "activation_function": "relu"}')
     with pytest.raises(ValueError, match="activation_function 'relu' isn't supported"):

@@ -14,8 +14,13 @@ __all__ = ["GPT", "GPTConfig", "GRULM", "GRULMConfig", "LanguageModel", "MODELS"
 def from_pretrained(folder: str | os.PathLike) -> LanguageModel:
     """Loads the model in ``folder``, whichever it is; ``ValueError`` where there is none that
     fastlm has."""
+    return model_class(folder).from_pretrained(folder)
+
+
+def model_class(folder: str | os.PathLike) -> type[LanguageModel]:
+    """That of the model in ``folder``."""
     model_type = read_config(folder).get("model_type")
     for model in MODELS.values():
         if model_type in model.accepted_types():
-            return model.from_pretrained(folder)
+            return model
     raise ValueError(f"{folder}: holds a model of type {model_type!r}, expected one of {sorted(MODELS)}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastlm import generate as decoding
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files, as the transformers library writes them
 
 
 class LanguageModel(nn.Module):
@@ -70,7 +71,7 @@ class LanguageModel(nn.Module):
                 f"{folder}: holds a model of type {config['model_type']!r}, expected {cls.model_type!r}"
             )
         model = cls(cls.config_from_dict(config))
-        model.load_weights(Path(folder) / WEIGHTS)
+        model.load_tensors(read_weights(folder), folder)
         return model.eval()
 
     @classmethod
@@ -81,11 +82,6 @@ class LanguageModel(nn.Module):
     def config_from_dict(cls, values: dict):
         names = {field.name for field in dataclasses.fields(cls.config_class)}
         return cls.config_class(**{k: v for k, v in values.items() if k in names})
-
-    def load_weights(self, path: str | os.PathLike) -> None:
-        """Copies the tensors of a safetensors file into the model; ``ValueError`` where the file is
-        damaged or holds other names or shapes."""
-        self.load_tensors(read_tensors(path), path)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
         """Copies ``tensors``, read from ``path``, into the model; ``ValueError`` where they have other
@@ -142,6 +138,20 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
+
+
+def read_weights(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a model's folder, of one file or of several with an index."""
+    index = Path(folder) / INDEX
+    if not index.is_file():
+        return read_tensors(Path(folder) / WEIGHTS)
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(file).name != file for file in files):
+            raise ValueError("a file outside the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged: {error}") from None
+    return {name: tensor for file in files for name, tensor in read_tensors(Path(folder) / file).items()}
 
 
 def check_tokens(name: str, idx: Tensor, targets: Tensor | None, limit: int | None) -> None:

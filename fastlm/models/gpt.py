@@ -1,7 +1,8 @@
 """GPT: a decoder-only transformer, with GPT-2's architecture and parameter names.
 
 The state dict of the transformers library's ``GPT2LMHeadModel`` loads as it is. RoPE, RMSNorm,
-SwiGLU and grouped-query attention replace GPT-2's parts by config. Attention and loss are fastlm's:
+SwiGLU and grouped-query attention replace GPT-2's parts by config; with all of them it is Llama, whose
+state dict loads too. Attention and loss are fastlm's:
 no T x T matrix and, in training, no (tokens x vocabulary) matrix of logits is ever in memory.
 
 Dimensions: B batch, T time, C width (n_embd), H heads, D head size (C / H), V vocabulary.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import functional as fused
+from fastlm.models import llama
 from fastlm.models.base import LanguageModel, check_tokens
 from fastlm.nn import Linear
 
@@ -252,7 +254,7 @@ class GPT(LanguageModel):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer["wte"].weight
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_accept_gpt2_names)
+        self.register_load_state_dict_pre_hook(_accept_their_names)
 
     def reset_parameters(self) -> None:
         """GPT-2's: normal with ``initializer_range``, the two layers of each block that write to
@@ -305,10 +307,12 @@ class GPT(LanguageModel):
 
     @classmethod
     def accepted_types(cls) -> tuple[str, ...]:
-        return ("gpt", "gpt2")
+        return ("gpt", "gpt2", "llama")
 
     @classmethod
     def config_from_dict(cls, values: dict) -> GPTConfig:
+        if values.get("model_type") == "llama":
+            return GPTConfig(**llama.gpt_values(values))
         activation = values.get("activation_function", "gelu_new")
         if activation not in ("gelu_new", "gelu_pytorch_tanh"):
             raise ValueError(f"GPT: activation_function {activation!r} isn't supported, only 'gelu_new'")
@@ -326,9 +330,12 @@ def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def _accept_gpt2_names(model: GPT, state_dict: dict, prefix: str, *unused) -> None:
-    """Renames, in place, what GPT-2's checkpoints may hold otherwise: no ``transformer.`` prefix
-    (GPT2Model), constant mask buffers (old releases), no ``lm_head.weight`` where it is tied."""
+def _accept_their_names(model: GPT, state_dict: dict, prefix: str, *unused) -> None:
+    """Renames, in place, Llama's parameters and what GPT-2's checkpoints may hold otherwise: no
+    ``transformer.`` prefix (GPT2Model), constant mask buffers (old releases), no ``lm_head.weight``
+    where it is tied."""
+    if any(f"{prefix}{name}embed_tokens.weight" in state_dict for name in ("model.", "")):
+        llama.rename(state_dict, prefix)
     for key in list(state_dict):
         name = key.removeprefix(prefix)
         if name.endswith((".attn.bias", ".attn.masked_bias")):
