@@ -2,7 +2,10 @@
 // fastlm/triton; shapes and the meaning of each argument stand with the functions of fastlm/ops.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(fastlm, m) {
+// -Dfastlm=... defines the operators under another name; torch 2.10's macro alone would not see that.
+#define FASTLM_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+
+FASTLM_LIBRARY(fastlm, m) {
   // attention
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, "
