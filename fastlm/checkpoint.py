@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlm.models import from_pretrained, read_config
+from fastlm.models import from_pretrained, model_class, read_config
 from fastlm.models.base import WEIGHTS, LanguageModel, read_tensors, write_file, write_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -168,19 +168,27 @@ def save_model(
 def load_model(folder: str | os.PathLike) -> tuple[LanguageModel, Tokenizer]:
     """The model and tokenizer of a run (its best model where one was kept, else its last), of one
     of its checkpoints, or of a folder in the layout of the transformers library."""
+    tokenizer = describe(folder)[-1]
+    return from_pretrained(find_model(Path(folder))), tokenizer
+
+
+def describe(folder: str | os.PathLike) -> tuple[type[LanguageModel], object, Tokenizer]:
+    """The class, configuration and tokenizer of what :func:`load_model` loads."""
     folder = find_model(Path(folder))
-    spec = read_config(folder).get("tokenizer")
+    values = read_config(folder)
+    spec = values.get("tokenizer")
     if spec is None:
         if not (folder / TOKENIZER_FILE).is_file():
             raise ValueError(f"{folder}: no tokenizer here ({TOKENIZER_FILE} is missing)")
         spec = TOKENIZER_FILE
-    model, tokenizer = from_pretrained(folder), load_tokenizer(spec, folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    model = model_class(folder)
+    config, tokenizer = model.config_from_dict(values), load_tokenizer(spec, folder)
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"{model.config.vocab_size}: they don't belong together"
+            f"{config.vocab_size}: they don't belong together"
         )
-    return model, tokenizer
+    return model, config, tokenizer
 
 
 def find_model(folder: Path) -> Path:

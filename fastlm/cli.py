@@ -134,7 +134,11 @@ def _trainer(
         processes.every(lambda: _refuse_given(ctx, given, overwrite))
     options = processes.every(lambda: training.TrainOptions(**given))
     if not resume:
-        folder = Path(out) if out else processes.tell(processes.first(lambda: free_folder(options.model)))
+        folder = (
+            Path(out)
+            if out
+            else processes.tell(processes.first(lambda: free_folder(options.model or "fine-tuned")))
+        )
         return folder, training.start(options, folder, overwrite=overwrite, processes=processes)
     folder = Path(out) if out else processes.tell(processes.first(newest_run))
     parallel = options.parallel if or_resume or _was_given(ctx, "parallel") else None
@@ -149,9 +153,9 @@ def _run(trainer: training.Trainer, folder: Path) -> None:
     options, model, processes = trainer.options, trainer.model, trainer.processes
     several = f"{processes.size} processes ({options.parallel}), " if processes.size > 1 else ""
     console.print(
-        f"{options.model}: {model.num_params():,} parameters, "
+        f"{model.model_type}: {model.num_params():,} parameters, "
         f"vocabulary {model.config.vocab_size}, "
-        f"{several}{torch.get_num_threads()} threads; {len(trainer.corpus.train):,} training tokens; "
+        f"{several}{torch.get_num_threads()} threads; {data.predicted(trainer.corpus.train):,} tokens to learn; "
         f"in {folder}",
         soft_wrap=True,
         markup=False,
@@ -253,7 +257,7 @@ def newest_run() -> Path:
 
 def final_report(trainer: training.Trainer) -> None:
     """Bits per byte of the whole validation text: the model's beside those of n-grams and gzip."""
-    corpus, options = trainer.corpus, trainer.options
+    corpus, model = trainer.corpus, trainer.model.model_type
     loss = trainer.final_loss()
     if trainer.processes.rank > 0:
         return
@@ -261,7 +265,7 @@ def final_report(trainer: training.Trainer) -> None:
     table.add_column("")
     table.add_column("bits/byte", justify="right")
     table.add_row(
-        f"[bold]{options.model}[/bold]",
+        f"[bold]{model}[/bold]",
         f"[bold]{bits_per_byte(loss, corpus.val, corpus.val_text):.3f}[/bold]",
     )
     for name, bits in ngram_bits_per_byte(corpus.train_text, corpus.val_text).items():
@@ -270,15 +274,15 @@ def final_report(trainer: training.Trainer) -> None:
     console.print(table)
 
 
-def bits_per_byte(loss: float, tokens, text) -> float:
-    """From a loss in nats a token over tokens (N,), of which N - 1 are predicted."""
-    return loss * (len(tokens) - 1) / len(text) / math.log(2)
+def bits_per_byte(loss: float, split, text) -> float:
+    """From a loss in nats a token of a split."""
+    return loss * data.predicted(split) / len(text) / math.log(2)
 
 
 # fastlm evaluate, generate, info
 
 ModelFolder = Annotated[
-    str, typer.Argument(help="a run, one of its checkpoints, or a folder of a GPT-2 model")
+    str, typer.Argument(help="a run, one of its checkpoints, or a folder of a GPT-2 or Llama model")
 ]
 
 
@@ -289,7 +293,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--data",
-            help="text files or folders, evaluated whole [default: the held-out text of the run]",
+            help="text files or folders, or .jsonl files, evaluated whole [default: what the run held out]",
         ),
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens in a sequence [default: as trained]")] = None,
@@ -313,8 +317,8 @@ def evaluate(
         ("loss", f"{loss:.4f} nats/token"),
         ("perplexity", f"{math.exp(loss):.4f}"),
         ("bits per byte", f"{bits_per_byte(loss, tokens, text):.4f}"),
-        ("text", f"{len(text):,} bytes, {len(tokens) - 1:,} tokens"),
-        ("speed", f"{(len(tokens) - 1) / seconds:,.0f} tokens/s"),
+        ("text", f"{len(text):,} bytes, {data.predicted(tokens):,} tokens"),
+        ("speed", f"{data.predicted(tokens) / seconds:,.0f} tokens/s"),
     ):
         console.print(f"{name:<14} {value}")
 
@@ -327,7 +331,7 @@ def _held_out(folder: Path, tokenizer):
     corpus = data.prepare(
         options["data"],
         tokenizer,
-        block_size=1,
+        block_size=options["block_size"],
         val_bytes=options["val_bytes"],
         cache=options["cache"],
     )

@@ -3,7 +3,8 @@
 A corpus is the source code of Python's standard library, or any text files and folders. Each
 document is followed by an end-of-text token, and each split begins with one, so that every byte of
 the text is predicted from something. Encoded splits are kept in a cache folder named by a hash of
-all that they depend on; a folder appears there whole or not at all."""
+all that they depend on; a folder appears there whole or not at all. Examples with answers are
+:mod:`fastlm.examples`."""
 
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlm import examples
+from fastlm.examples import IGNORED, Examples
 from fastlm.tokenizer import ByteTokenizer, Tokenizer
 
 FORMAT = 1  # of the cache's folders
-IGNORED = -100  # a target that doesn't count
 MAX_VALIDATION = 128 * 1024  # bytes, unless asked for more
 # Left out of the default corpus: what isn't library code, generated tables, and tests of a build.
 _NOT_LIBRARY = {
@@ -50,12 +52,12 @@ class Document:
 
 @dataclass
 class Corpus:
-    """The two splits. ``train`` and ``val`` are token ids (N,), memory-mapped; ``train_text`` and
-    ``val_text`` the same text as bytes, without the leading end-of-text, one NUL after each
-    document."""
+    """The two splits, memory-mapped. ``train`` and ``val`` are token ids (N,), or examples;
+    ``train_text`` and ``val_text`` the text that is predicted as bytes: without the leading
+    end-of-text, or the answers alone, one NUL after each document or answer."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Examples
+    val: np.ndarray | Examples
     train_text: np.ndarray
     val_text: np.ndarray
     key: str  # hash of the text, the tokenizer and the split
@@ -128,15 +130,18 @@ def prepare(
     val_bytes: int | None = None,
     cache: str | os.PathLike | None = None,
 ) -> Corpus:
-    """Splits and encodes a corpus, or finds it in the cache.
+    """Splits and encodes a corpus of text, or of examples where the paths end in ``.jsonl``, or
+    finds it in the cache.
 
     ``val_bytes`` is about how much text is held out: whole documents where there are 20 or more,
     the end of each document otherwise; by default 5%, at most 128 KiB. ``cache`` defaults to
     ``$XDG_CACHE_HOME/fastlm``. ``ValueError`` where the corpus is empty, binary, or shorter than
     one block of ``block_size`` tokens."""
-    documents = list_documents(paths)
     settings = f"{FORMAT}\n{tokenizer.fingerprint}\n{val_bytes}\n{MAX_VALIDATION}\n"
-    sizes, digest = [], hashlib.sha256(settings.encode())
+    digest = hashlib.sha256(settings.encode())
+    if examples.are_examples(paths):
+        return _prepare_examples(paths, tokenizer, digest, block_size, val_bytes, cache_folder(cache))
+    documents, sizes = list_documents(paths), []
     for document in documents:
         content = document.read().encode()
         sizes.append(len(content))
@@ -144,7 +149,8 @@ def prepare(
     key = digest.hexdigest()[:32]
     folder = cache_folder(cache) / key
     if not _is_whole(folder):
-        _build(folder, _split(documents, sizes, val_bytes), tokenizer)
+        splits = _split(documents, sizes, val_bytes)
+        _build(folder, tokenizer, splits, _write_split, bytes=isinstance(tokenizer, ByteTokenizer))
     corpus = open_corpus(folder)
     for name, tokens, least in (
         ("training", corpus.train, block_size + 1),
@@ -158,9 +164,34 @@ def prepare(
     return corpus
 
 
-def encode_all(paths: Sequence[str | os.PathLike], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """A whole corpus, unsplit and in memory: its tokens (N,) and its text as bytes (M,), as in
-    :class:`Corpus`."""
+def _prepare_examples(
+    paths: Sequence[str | os.PathLike],
+    tokenizer: Tokenizer,
+    digest,
+    block_size: int,
+    val_bytes: int | None,
+    cache: Path,
+) -> Corpus:
+    found = examples.read_examples(paths)
+    splits = examples.split_examples(found, val_bytes, MAX_VALIDATION)
+    for example in found:
+        digest.update(b"example\n" + example.digest())
+    folder = cache / digest.hexdigest()[:32]
+    if not _is_whole(folder):
+        _build(folder, tokenizer, splits, examples.write_examples, examples=True)
+    corpus = open_corpus(folder)
+    for split, of in zip((corpus.train, corpus.val), splits, strict=True):
+        examples.check_answers_fit(split, of, block_size)
+    return corpus
+
+
+def encode_all(
+    paths: Sequence[str | os.PathLike], tokenizer: Tokenizer
+) -> tuple[np.ndarray | Examples, np.ndarray]:
+    """A whole corpus, unsplit and in memory: its tokens (N,) or examples and its text as bytes (M,),
+    as in :class:`Corpus`."""
+    if examples.are_examples(paths):
+        return examples.encode_examples(examples.read_examples(paths), tokenizer)
     texts = [text for document in list_documents(paths) if (text := document.read())]
     end = np.array([tokenizer.end_of_text], np.uint32)
     parts = [part for text in texts for part in (tokenizer.encode(text), end)]
@@ -175,7 +206,7 @@ def cache_folder(cache: str | os.PathLike | None = None) -> Path:
 
 
 def _split(documents: list[Document], sizes: list[int], val_bytes: int | None):
-    """Two functions giving the texts of each split. Documents are drawn by the hash of their name,
+    """The texts of each split. Documents are drawn by the hash of their name,
     so that one more document moves no other."""
     wanted = min(sum(sizes) // 20, MAX_VALIDATION) if val_bytes is None else val_bytes
     if len(documents) >= 20:
@@ -187,13 +218,13 @@ def _split(documents: list[Document], sizes: list[int], val_bytes: int | None):
                 total += sizes[i]
         if total >= wanted // 2 and len(chosen) < len(documents):
             return (
-                lambda: (d.read() for i, d in enumerate(documents) if i not in chosen),
-                lambda: (d.read() for i, d in enumerate(documents) if i in chosen),
+                (d.read() for i, d in enumerate(documents) if i not in chosen),
+                (d.read() for i, d in enumerate(documents) if i in chosen),
             )
     share = min(1.0, wanted / sum(sizes))
     return (
-        lambda: (_cut(d.read(), share)[0] for d in documents),
-        lambda: (_cut(d.read(), share)[1] for d in documents),
+        (_cut(d.read(), share)[0] for d in documents),
+        (_cut(d.read(), share)[1] for d in documents),
     )
 
 
@@ -206,15 +237,17 @@ def _cut(text: str, share: float) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-def _build(folder: Path, splits, tokenizer: Tokenizer) -> None:
+def _build(
+    folder: Path, tokenizer: Tokenizer, splits, write: Callable[..., dict[str, int]], **meta: bool
+) -> None:
     """Writes the token files beside ``folder``, then moves them there in one step."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-        meta = {"dtype": np.dtype(dtype).name, "bytes": isinstance(tokenizer, ByteTokenizer)}
-        for name, texts in zip(("train", "val"), splits, strict=True):
-            meta[name] = _write_split(temporary / name, texts(), tokenizer, dtype)
+        meta["dtype"] = np.dtype(dtype).name
+        for name, split in zip(("train", "val"), splits, strict=True):
+            meta[name] = write(temporary / name, split, tokenizer, dtype)
         (temporary / "meta.json").write_text(json.dumps(meta))
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
@@ -265,6 +298,10 @@ def open_corpus(folder: Path) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {}
     for split in ("train", "val"):
+        if meta.get("examples"):
+            arrays[split] = examples.open_examples(folder / split, meta["dtype"])
+            arrays[f"{split}_text"] = _map_bytes(folder / f"{split}.text")
+            continue
         tokens = np.memmap(folder / f"{split}.tokens", np.dtype(meta["dtype"]), "r")
         arrays[split] = tokens
         arrays[f"{split}_text"] = tokens[1:] if meta["bytes"] else _map_bytes(folder / f"{split}.text")
@@ -275,22 +312,37 @@ def _map_bytes(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
+def predicted(split: np.ndarray | Examples) -> int:
+    """How many tokens of it are predicted."""
+    return int(split.answers.sum()) if isinstance(split, Examples) else len(split) - 1
+
+
+def training_targets(split: np.ndarray | Examples, block_size: int, count: int, first: int, seed: int) -> int:
+    """How many targets ``count`` samples of the training order have, from ``first`` on."""
+    if isinstance(split, Examples):
+        return int(split.counts(block_size)[split.order(count, first, seed)].sum())
+    return count * block_size
+
+
 def training_batch(
-    tokens: np.ndarray, block_size: int, batch_size: int, first: int, seed: int
+    split: np.ndarray | Examples, block_size: int, batch_size: int, first: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Samples ``first`` to ``first + batch_size - 1`` of the endless training order, as inputs and
-    targets (batch_size, block_size) of int64.
+    targets (batch_size, block_size) of int64; of examples, as long as the longest of them, at most
+    ``block_size``.
 
     Each epoch cuts the text into blocks from another offset and takes them in another order. The
     order is a function of ``seed`` and the sample's number alone: to resume there is no state to
     restore."""
-    per_epoch = max(1, (len(tokens) - block_size) // block_size)
+    if isinstance(split, Examples):
+        return split.rows(split.order(batch_size, first, seed), block_size)
+    per_epoch = max(1, (len(split) - block_size) // block_size)
     starts = np.empty(batch_size, np.int64)
     for i in range(batch_size):
         epoch, place = divmod(first + i, per_epoch)
-        offset, order = _epoch(len(tokens), block_size, per_epoch, epoch, seed)
+        offset, order = _epoch(len(split), block_size, per_epoch, epoch, seed)
         starts[i] = offset + order[place] * block_size
-    window = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    window = split[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(window[:, 1:].copy())
 
 
@@ -301,7 +353,7 @@ def _epoch(length: int, block_size: int, per_epoch: int, epoch: int, seed: int) 
 
 
 def evaluation_batches(
-    tokens: np.ndarray,
+    split: np.ndarray | Examples,
     block_size: int,
     batch_size: int,
     limit: int | None = None,
@@ -310,14 +362,17 @@ def evaluation_batches(
     """Non-overlapping blocks that predict every token after the first exactly once; the last block
     is padded with ignored targets. With ``limit``, only so many blocks, spread evenly over the
     text. ``part`` (k, n) is the k-th of n parts, which have equally many batches: blocks of ignored
-    targets alone fill up."""
-    starts = np.arange(0, len(tokens) - 1, block_size)
+    targets alone fill up. Examples take the place of blocks."""
+    if isinstance(split, Examples):
+        yield from split.batches(block_size, batch_size, limit, part)
+        return
+    starts = np.arange(0, len(split) - 1, block_size)
     if limit is not None and limit < len(starts):
         starts = starts[np.arange(limit) * len(starts) // limit]
     k, n = part
-    starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(tokens))[k::n]
+    starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(split))[k::n]
     for i in range(0, len(starts), batch_size):
         places = starts[i : i + batch_size, None] + np.arange(block_size + 1)
-        window = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
-        targets = np.where(places[:, 1:] < len(tokens), window[:, 1:], IGNORED)
+        window = split[np.minimum(places, len(split) - 1)].astype(np.int64)
+        targets = np.where(places[:, 1:] < len(split), window[:, 1:], IGNORED)
         yield torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(targets)

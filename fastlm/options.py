@@ -30,12 +30,16 @@ PRESETS = {
     },
 }
 DEFAULT_SECONDS = 100
+FRESH = {"model": "gpt", "tokenizer": "bytes", "tie": True}
+FINE_TUNING = {"lr": 1e-4, "batch_size": 4}  # whatever the model
 _OF_MODEL = {
     "gpt": {"n_layer", "n_head", "n_kv_head", "n_embd", "pos", "norm", "mlp", "dropout"},
     "gru": {
         "n_layer", "n_embd", "n_hidden", "dropout", "zoneout", "recurrent_dropout", "layer_norm",
     },
 }  # fmt: skip
+# What a model to start from brings along.
+_OF_ORIGIN = (*FRESH, *sorted(set().union(*_OF_MODEL.values())))
 _POSITIVE = (
     "val_bytes", "block_size", "batch_size", "accumulate", "lr", "warmup", "max_steps",
     "max_seconds", "eval_every", "eval_blocks", "save_every", "patience", "threads",
@@ -51,14 +55,22 @@ class TrainOptions:
     """Options of a run, and those of ``fastlm train``. ``None`` for the model's sizes means its
     preset's."""
 
-    model: str = _option("gpt", "gpt or gru")
+    model: str | None = _option(None, "gpt or gru [default: gpt]")
     data: list[str] | None = _option(
-        None, "text files or folders [default: the source of Python's standard library]"
+        None,
+        "text files or folders, or .jsonl files of instructions and answers "
+        "[default: the source of Python's standard library]",
     )
-    tokenizer: str = _option("bytes", "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME")
+    tokenizer: str | None = _option(
+        None, "bytes, the path of a tokenizer.json, tiktoken:NAME or hub:NAME [default: bytes]"
+    )
     val_bytes: int | None = _option(None, "about how much text to hold out [default: 5%, at most 128 KiB]")
     cache: str | None = _option(None, "folder of token files [default: ~/.cache/fastlm]")
-    init: str | None = _option(None, "folder of a model to start from, instead of fresh weights")
+    init_from: str | None = _option(
+        None,
+        "folder of a run, a checkpoint, or a GPT-2 or Llama of the transformers library to go on from: "
+        "its weights, sizes and tokenizer",
+    )
     n_layer: int | None = _option(None, "layers")
     n_head: int | None = _option(None, "attention heads (gpt)")
     n_kv_head: int | None = _option(None, "key and value heads (gpt)")
@@ -70,12 +82,18 @@ class TrainOptions:
     zoneout: float | None = _option(None, "share of hidden units kept at a step (gru)")
     recurrent_dropout: float | None = _option(None, "dropped share of recurrent weights (gru)")
     layer_norm: bool | None = _option(None, "layer norm in the gates (gru)")
-    tie: bool = _option(True, "share the weights of embedding and head (gru: where their widths agree)")
+    tie: bool | None = _option(
+        None, "share the weights of embedding and head (gru: where their widths agree) [default: share]"
+    )
     dropout: float | None = _option(None, "dropout rate")
     block_size: int = _option(256, "tokens in a sequence")
-    batch_size: int | None = _option(None, "sequences in a pass [default: gpt 4, gru 8]")
+    batch_size: int | None = _option(
+        None, f"sequences in a pass [default: gpt 4, gru 8; with --init-from {FINE_TUNING['batch_size']}]"
+    )
     accumulate: int = _option(1, "passes in a step")
-    lr: float | None = _option(None, "highest learning rate")
+    lr: float | None = _option(
+        None, f"highest learning rate [default: 3e-3; with --init-from {FINE_TUNING['lr']:g}]"
+    )
     min_lr: float = _option(0.02, "last learning rate, as a share of the highest")
     warmup: int = _option(50, "steps of linear warm-up")
     weight_decay: float = _option(0.1, "of matrices; vectors have none")
@@ -102,16 +120,22 @@ class TrainOptions:
     tensorboard: bool = _option(True, "write TensorBoard logs")
 
     def __post_init__(self):
+        if self.init_from is None:
+            self._fill(FRESH)
         self._check_ranges()
         self._check_combination()
-        for name in ("lr", "batch_size"):
-            if getattr(self, name) is None:
-                setattr(self, name, PRESETS[self.model][name])
+        preset = FINE_TUNING if self.init_from is not None else PRESETS[self.model]
+        self._fill({name: preset[name] for name in FINE_TUNING})
         if self.max_steps is None and self.max_seconds is None:
             self.max_seconds = DEFAULT_SECONDS
 
+    def _fill(self, defaults: dict) -> None:
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def _check_ranges(self) -> None:
-        if self.model not in MODELS:
+        if self.model is not None and self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
@@ -131,10 +155,11 @@ class TrainOptions:
     def _check_combination(self) -> None:
         if self.max_steps is not None and self.max_seconds is not None:
             raise ValueError("max_steps and max_seconds can't be given together")
-        for name in set().union(*_OF_MODEL.values()):
-            if getattr(self, name) is None:
-                continue
-            if self.init is not None:
-                raise ValueError(f"{name} can't be given with init, whose model has its own")
-            if name not in _OF_MODEL[self.model]:
+        given = [name for name in _OF_ORIGIN if getattr(self, name) is not None]
+        if self.init_from is not None:
+            if given:
+                raise ValueError(f"{given[0]} can't be given with init_from, whose model has its own")
+            return
+        for name in given:
+            if name not in FRESH and name not in _OF_MODEL[self.model]:
                 raise ValueError(f"{name} is no option of model {self.model!r}")

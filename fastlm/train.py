@@ -22,7 +22,15 @@ from pathlib import Path
 import torch
 
 from fastlm import checkpoint
-from fastlm.data import Corpus, evaluation_batches, open_corpus, prepare, training_batch
+from fastlm.data import (
+    Corpus,
+    evaluation_batches,
+    open_corpus,
+    predicted,
+    prepare,
+    training_batch,
+    training_targets,
+)
 from fastlm.models import MODELS, LanguageModel, from_pretrained
 from fastlm.options import PRESETS, TrainOptions
 from fastlm.processes import Alone, Lost, join
@@ -61,20 +69,21 @@ def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.A
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    tokens,
+    split,
     block_size: int,
     batch_size: int = 16,
     limit: int | None = None,
     processes: Alone | None = None,
 ) -> float:
-    """Mean loss in nats a token over ``tokens`` (N,), each after the first predicted once within
-    its block; with ``limit``, over so many blocks of it. The processes share the blocks."""
+    """Mean loss in nats a token over ``split``: tokens (N,), each after the first predicted once within
+    its block, or examples; with ``limit``, over so many blocks or examples of it. The processes share
+    them. ``ValueError`` where no target lies within a block."""
     processes = processes or Alone()
     device = next(model.parameters()).device
     training, total, count = model.training, 0.0, 0
     model.eval()
     part = processes.rank, processes.size
-    for idx, targets in evaluation_batches(tokens, block_size, batch_size, limit, part):
+    for idx, targets in evaluation_batches(split, block_size, batch_size, limit, part):
         n = int((targets >= 0).sum())
         loss = model(idx.to(device), targets.to(device)).item()
         if n:  # else a batch that only keeps step with other processes
@@ -83,6 +92,8 @@ def evaluate(
     model.train(training)
     processes.release(model)
     total, count = processes.sum(total, count)
+    if not count:
+        raise ValueError(f"evaluate: nothing to predict within blocks of {block_size} tokens")
     return total / count
 
 
@@ -162,7 +173,7 @@ class Trainer:
         self.wrapped = self.processes.wrap(self.model, options.parallel, self.device)
         self.optimizer = make_optimizer(self.model, options)
         self.progress = Progress(max_steps=options.max_steps)
-        self.bytes_per_token = len(corpus.val_text) / (len(corpus.val) - 1)
+        self.bytes_per_token = len(corpus.val_text) / predicted(corpus.val)
         self.interrupted = False
         self.saved = False
         self.metrics = self.writer = None
@@ -304,15 +315,18 @@ class Trainer:
     def _accumulate_gradients(self) -> float:
         options, processes, total = self.options, self.processes, 0.0
         processes.seed(options.seed, self.progress.step)
-        # Gradients are means over the processes of means over their sequences, which may be more or fewer.
-        passes = options.accumulate * (options.batch_size / (processes.size * self.count))
+        train, sequences = self.corpus.train, options.accumulate * options.batch_size
+        begin = self.progress.step * sequences
+        targets = training_targets(train, options.block_size, sequences, begin, options.seed)
         for i in range(options.accumulate):
-            first = (self.progress.step * options.accumulate + i) * options.batch_size + self.offset
-            batch = training_batch(self.corpus.train, options.block_size, self.count, first, options.seed)
-            idx, targets = (t.to(self.device) for t in batch)
+            first = begin + i * options.batch_size + self.offset
+            batch = training_batch(train, options.block_size, self.count, first, options.seed)
+            # Gradients are means over the processes, of means over the targets of a pass.
+            share = processes.size * int((batch[1] >= 0).sum()) / targets
+            batch = [t.to(self.device) for t in batch]
             with processes.gradients(self.wrapped, last=i == options.accumulate - 1):
-                with torch.autocast(idx.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-                    loss = self.wrapped(idx, targets) / passes
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                    loss = self.wrapped(*batch) * share
                 loss.backward()
             total += loss.item()
         return processes.sum(total)[0] / processes.size
