@@ -416,11 +416,19 @@ def test_module_raises_what_torch_raises(args):
     assert str(expected.value) in str(actual.value)
 
 
-def test_constructor_raises_what_torch_raises():
-    for options in (dict(proj_size=2), dict(dropout=2.0), dict(num_layers=0), dict(bias=1)):
-        with pytest.raises(Exception) as expected:
-            torch.nn.GRU(3, 4, **options)
-        with pytest.raises(type(expected.value), match=str(expected.value)[:20]):
+@pytest.mark.parametrize(
+    "options", (dict(proj_size=2), dict(dropout=2.0), dict(num_layers=0), dict(bias=1)), ids=str
+)
+def test_constructor_raises_what_torch_raises(options):
+    try:
+        torch.nn.GRU(3, 4, **options)
+    except Exception as expected:
+        with pytest.raises(type(expected), match=str(expected)[:20]):
             fastlm.nn.GRU(3, 4, **options)
+    else:
+        pytest.skip(f"torch {torch.__version__} takes it")
+
+
+def test_constructor_checks_our_options():
     with pytest.raises(ValueError, match="zoneout is 2, expected a probability"):
         fastlm.nn.GRU(3, 4, zoneout=2)
