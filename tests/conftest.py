@@ -27,6 +27,7 @@ NEEDS = {
     "test_cuda_host.py": ("ninja",),
     "test_data.py": TRAINING,
     "test_distributed.py": (*TRAINING, "rich", "typer"),
+    "test_finetune.py": (*TRAINING, "rich", "typer"),
     "test_hypothesis.py": ("hypothesis",),
     "test_opinfo.py": ("expecttest", "numpy"),
     "test_simt.py": ("ninja",),
