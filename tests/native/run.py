@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ninja
@@ -85,7 +86,6 @@ def check_vectors(kinds):
 
 def check_operators(kind):
     """walk.py on a sanitized build of the library."""
-    print(f"operators, {kind} sanitizer: ", end="", flush=True)
     folder = BUILD / kind
     flags = f"-O1 -g {SANITIZERS[kind]}"
     environment = os.environ | {
@@ -97,16 +97,25 @@ def check_operators(kind):
     setup = ["setup.py", "--quiet", "build_ext", f"--build-lib={folder}"]
     subprocess.run([sys.executable, *setup], env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     built = folder / "fastlm" / "libfastlm.so"
-    walk("walk.py", kind, {"FASTLM_LIBRARY": str(built), "FASTLM_ISA": widest()})
+    calls = walk("walk.py", kind, {"FASTLM_LIBRARY": str(built), "FASTLM_ISA": widest()})
+    print(f"operators, {kind} sanitizer: {calls}", flush=True)
 
 
 def check_cuda_kernels(kind):
     """cuda_walk.py on a sanitized build of the CUDA kernels for the CPU."""
-    print(f"CUDA kernels on the CPU, {kind} sanitizer: ", end="", flush=True)
-    walk("cuda_walk.py", kind, {"FASTLM_SIMT_LIBRARY": str(build(kind, library()))})
+    calls = walk("cuda_walk.py", kind, {"FASTLM_SIMT_LIBRARY": str(build(kind, library()))})
+    print(f"CUDA kernels on the CPU, {kind} sanitizer: {calls}", flush=True)
+
+
+def check(kind):
+    if kind in SANITIZERS:
+        check_operators(kind)
+    else:
+        check_cuda_kernels(kind.removeprefix("cuda-"))
 
 
 def walk(program, kind, libraries):
+    """What the program prints, run under the sanitizer."""
     names = ("libasan.so", "libubsan.so") if kind == "address" else ("libtsan.so",)
     preload = [
         subprocess.run([COMPILER, f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
@@ -120,7 +129,14 @@ def walk(program, kind, libraries):
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",  # torch's own work; walk.py gives the kernels more
     }
-    subprocess.run([*FIXED, sys.executable, HERE / program], env=environment, check=True)
+    done = subprocess.run(
+        [*FIXED, sys.executable, HERE / program],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.stdout.strip()
 
 
 def main():
@@ -129,16 +145,14 @@ def main():
     kinds = sys.argv[1:] or [kind for kind in every if kind != "cuda-thread"]
     if unknown := set(kinds) - set(every):
         raise SystemExit(f"unknown {sorted(unknown)}; there are {', '.join(every)}")
-    try:
-        check_vectors(kinds)
-        for kind in kinds:
-            if kind in SANITIZERS:
-                check_operators(kind)
-            elif kind != "plain":
-                check_cuda_kernels(kind.removeprefix("cuda-"))
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"failed: {shlex.join(map(str, error.cmd))}") from None
+    check_vectors(kinds)
+    # Each keeps little more than one core busy; the thread sanitizer, which takes longest, begins.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check, sorted(set(kinds) - {"plain"}, reverse=True)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"failed: {shlex.join(map(str, error.cmd))}") from None
