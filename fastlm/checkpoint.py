@@ -158,11 +158,16 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def save_model(
-    folder: Path, model: LanguageModel, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None
+    folder: str | os.PathLike,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a model and its tokenizer, for :func:`load_model`; with ``weights`` instead of its own."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, weights, tokenizer=tokenizer.save(folder))
+    names = {"tokenizer": tokenizer.save(folder), "eos_token_id": tokenizer.end_of_text}
+    model.save_pretrained(folder, weights, **names)
 
 
 def load_model(folder: str | os.PathLike) -> tuple[LanguageModel, Tokenizer]:
@@ -182,7 +187,12 @@ def describe(folder: str | os.PathLike) -> tuple[type[LanguageModel], object, To
             raise ValueError(f"{folder}: no tokenizer here ({TOKENIZER_FILE} is missing)")
         spec = TOKENIZER_FILE
     model = model_class(folder)
-    config, tokenizer = model.config_from_dict(values), load_tokenizer(spec, folder)
+    end = values.get("eos_token_id")
+    if isinstance(end, list):  # the first ends a text, others a turn of a conversation
+        end = end[0] if end else None
+    if not (end is None or type(end) is int and end >= 0):
+        raise ValueError(f"{folder}: eos_token_id must be a token, got {end!r}")
+    config, tokenizer = model.config_from_dict(values), load_tokenizer(spec, folder, end)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "

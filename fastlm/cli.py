@@ -1,4 +1,4 @@
-"""The command ``fastlm``: train, evaluate, generate, bench, info."""
+"""The command ``fastlm``: train, evaluate, generate, export, bench, info."""
 
 import dataclasses
 import inspect
@@ -392,6 +392,32 @@ def print_sample(model, tokenizer, prompt: str, max_new_tokens: int, *, device: 
     for piece in text_stream(tokenizer, (row[0] for row in steps)):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def export(
+    model: ModelFolder,
+    to: Annotated[
+        str | None, typer.Option(help="new folder for the transformers library: a GPT-2 or a Llama")
+    ] = None,
+    torch_export: Annotated[
+        str | None, typer.Option(help="file, NAME.pt2, of torch.export, from tokens to logits")
+    ] = None,
+) -> None:
+    """A model for other programs."""
+    from fastlm.export import to_torch_export, to_transformers
+
+    if to is None and torch_export is None:
+        raise ValueError("say what to write: --to FOLDER or --torch-export FILE.pt2")
+    if torch_export is not None and not torch_export.endswith(".pt2"):
+        raise ValueError(f"--torch-export {torch_export}: the name must end in .pt2")
+    loaded, tokenizer = checkpoint.load_model(model)
+    if to is not None:
+        to_transformers(loaded, tokenizer, to)
+        console.print(f"{to}: for AutoModelForCausalLM.from_pretrained", soft_wrap=True, markup=False)
+    if torch_export is not None:
+        to_torch_export(loaded, torch_export)
+        console.print(f"{torch_export}: for torch.export.load", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -33,25 +33,28 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer of the ``tokenizers`` library. A document ends with its end-of-text token or,
-    where it has none that we know, with a token of ours after its vocabulary."""
+    """A tokenizer of the ``tokenizers`` library. A document ends with the token given as ``end_of_text``,
+    else with one whose name we know or, where it has none, with a token of ours after its vocabulary."""
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer, end_of_text: int | None = None):
+        self.library = tokenizer
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         known = (tokenizer.token_to_id(name) for name in _END_TOKENS)
-        self.end_of_text = next((token for token in known if token is not None), self.vocab_size)
+        named = next((token for token in known if token is not None), self.vocab_size)
+        self.end_of_text = named if end_of_text is None else end_of_text
         self.vocab_size = max(self.vocab_size, self.end_of_text + 1)
         self.fingerprint = "tokenizers:" + hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        if self.end_of_text != named:
+            self.fingerprint += f":{self.end_of_text}"
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self._tokenizer.decode([t for t in tokens if t != self.end_of_text])
+        return self.library.decode([t for t in tokens if t != self.end_of_text])
 
     def save(self, folder: Path) -> str:
-        (folder / TOKENIZER_FILE).write_text(self._tokenizer.to_str())
+        (folder / TOKENIZER_FILE).write_text(self.library.to_str())
         return TOKENIZER_FILE
 
 
@@ -80,8 +83,9 @@ class TiktokenTokenizer:
 Tokenizer = ByteTokenizer | FileTokenizer | TiktokenTokenizer
 
 
-def load_tokenizer(spec: str, folder: str | os.PathLike = ".") -> Tokenizer:
-    """The tokenizer that ``spec`` names; a relative path is taken from ``folder``.
+def load_tokenizer(spec: str, folder: str | os.PathLike = ".", end_of_text: int | None = None) -> Tokenizer:
+    """The tokenizer that ``spec`` names; a relative path is taken from ``folder``. A file may not say
+    which token ends a text: ``end_of_text`` does.
 
     Raises ``ValueError`` where there is none, where its file is damaged, or where its library is
     missing."""
@@ -97,7 +101,7 @@ def load_tokenizer(spec: str, folder: str | os.PathLike = ".") -> Tokenizer:
         path = Path(folder) / spec
         if not path.is_file():
             raise ValueError("no such file; expected bytes, a tokenizer.json, tiktoken:NAME or hub:NAME")
-        return FileTokenizer(library.Tokenizer.from_file(str(path)))
+        return FileTokenizer(library.Tokenizer.from_file(str(path)), end_of_text)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"tokenizer {spec!r}: {error}") from None
 

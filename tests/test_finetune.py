@@ -13,7 +13,7 @@ from test_distributed import pytestmark as needs_gloo
 
 from fastlm import checkpoint, cli, data
 from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig, from_pretrained
-from fastlm.tokenizer import ByteTokenizer
+from fastlm.tokenizer import ByteTokenizer, FileTokenizer
 from fastlm.train import TrainOptions, evaluate, resume, start
 
 pytest.importorskip("safetensors")
@@ -238,19 +238,22 @@ def test_a_run_begins_from_a_run_and_from_its_checkpoint(options, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_run_begins_from_a_folder_of_transformers(hf, words, options, run, tmp_path, kind):
-    theirs = save_library_model(tmp_path / "origin", hf, words, kind)
+    theirs = save_library_model(tmp_path / "origin", hf, words, kind, eos_token_id=[7, 8])
     trainer = start(options(init_from=str(tmp_path / "origin")), tmp_path / "run")
     idx = tokens()
     torch.testing.assert_close(trainer.model.eval()(idx), theirs(idx).logits, atol=5e-5, rtol=1e-4)
     assert trainer.tokenizer.vocab_size == words.get_vocab_size()
+    assert trainer.tokenizer.end_of_text == trainer.corpus.val[-1] == 7
     command = (
-        "train --data corpus.txt --cache cache --block-size 16 --max-steps 4 --no-tensorboard --threads 1"
+        "train --data corpus.txt --cache cache --block-size 16 --max-steps 4 --save-every 2 --no-tensorboard "
+        "--threads 1"
     )
     status, _, errors = run(f"{command} --init-from origin --out cli --sample 5")
     assert status == 0, errors
     record = json.loads((tmp_path / "cli/run.json").read_text())
     assert record["lr"] == 1e-4 and record["model"] is None
     shutil.rmtree(tmp_path / "origin")
+    shutil.rmtree(tmp_path / "cli/checkpoints/step-4")
     assert run("train --resume --out cli --sample 0")[0] == 0
     assert run("evaluate cli")[0] == run("generate cli line --max-new-tokens 3")[0] == 0
 
@@ -473,3 +476,73 @@ def test_two_processes_fine_tune_as_one(call, options, tmp_path):  # noqa: F811
     assert trainer.progress.step == 3
     trainer.train()
     check_alike(tmp_path / "fsdp", tmp_path / "alone", rtol=1e-3)
+
+
+# ---- models for other programs ----------------------------------------------------------------
+
+LIKE_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_norm_epsilon": 0.1},
+        {"bias": False, "tie_word_embeddings": False},
+        {**LIKE_LLAMA, "bias": False, "rope_theta": 300.0},
+        {**LIKE_LLAMA, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1},
+    ],
+    ids=["gpt2", "gpt2-without-biases", "llama", "llama-with-biases"],
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_export_to_transformers(hf, words, run, tmp_path, changes, tokenizer):
+    torch.manual_seed(2)
+    ours = GPT(GPTConfig(V, 32, n_embd=32, n_layer=2, n_head=4, **changes)).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    tokenizer = ByteTokenizer() if tokenizer == "bytes" else FileTokenizer(words)
+    checkpoint.save_model(tmp_path / "ours", ours, tokenizer)
+    status, _, errors = run("export ours --to theirs")
+    assert status == 0, errors
+    theirs, report = hf.AutoModelForCausalLM.from_pretrained("theirs", output_loading_info=True)
+    assert not any(report.values())
+    idx = tokens()
+    torch.testing.assert_close(theirs.eval()(idx).logits, ours(idx), atol=5e-5, rtol=1e-4)
+    library = hf.AutoTokenizer.from_pretrained("theirs")
+    for text in ("line 12: 34 and 5\n", "  def f(x):\n\treturn 'ä€'\n", "Ā, no NUL"):
+        if isinstance(tokenizer, ByteTokenizer):
+            assert library.decode(library(text).input_ids) == text
+        assert library(text).input_ids == tokenizer.encode(text).tolist()
+    assert theirs.config.eos_token_id == tokenizer.end_of_text
+    again, read = checkpoint.load_model("theirs")  # and back
+    torch.testing.assert_close(again(idx), ours(idx), atol=5e-5, rtol=1e-4)
+    assert read.encode("line 12").tolist() == tokenizer.encode("line 12").tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gru"])
+def test_export_by_torch_export(run, tmp_path, kind):
+    checkpoint.save_model(tmp_path / "ours", our_model(kind), ByteTokenizer())
+    status, _, errors = run("export ours --torch-export deep/model.pt2")
+    assert status == 0, errors
+    program, ours = torch.export.load("deep/model.pt2").module(), from_pretrained("ours")
+    for B, T in ((2, 24), (1, 1), (3, 80)):
+        torch.testing.assert_close(program(tokens(B, T)), ours(tokens(B, T)))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model.pt2"]
+
+
+def test_what_can_not_be_exported(run, tmp_path):
+    for kind in ("gpt", "gru"):
+        checkpoint.save_model(tmp_path / kind, our_model(kind), ByteTokenizer())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    for command, message in (
+        ("gpt", "say what to write: --to FOLDER or --torch-export FILE.pt2"),
+        ("gpt --torch-export model.onnx", "the name must end in .pt2"),
+        ("gpt --to full", "full: exists and is not an empty folder"),
+        ("gpt --to new", "has no GPT with pos='rope', norm='layernorm', mlp='gelu' and 2 of 2 heads"),
+        ("gru --to new", "GRULM has no counterpart in the transformers library, only GPT has"),
+        ("nowhere --to new", "nowhere: no such folder"),
+    ):
+        status, _, errors = run(f"export {command}")
+        assert status == 2 and message in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "new").exists()

@@ -102,3 +102,44 @@ def rename(state_dict: dict[str, Tensor], prefix: str = "") -> None:
                     state_dict[f"{prefix}transformer.h.{place}{ours}.{kind}"] = (
                         whole.t() if whole.dim() == 2 else whole
                     )
+
+
+def llama_values(config) -> dict:
+    """The inverse of :func:`gpt_values`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.n_positions,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "intermediate_size": config.n_inner,
+        "attention_dropout": config.attn_pdrop,
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def llama_tensors(tensors: dict[str, Tensor], values: dict) -> dict[str, Tensor]:
+    """The inverse of :func:`rename`, for the ``values`` of a Llama."""
+    D = values["hidden_size"] // values["num_attention_heads"]
+    kv = values["num_key_value_heads"] * D
+    rows = {"attn.c_attn": [values["hidden_size"], kv, kv], "mlp.c_fc": [values["intermediate_size"]] * 2}
+    rest = {ours: theirs for theirs, ours in _REST.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name in rest:
+            body = "" if name.startswith("lm_head") else "model."
+            renamed[body + rest[name]] = tensor
+            continue
+        layer, ours, kind = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)", name).groups()
+        whole = tensor.t() if tensor.dim() == 2 else tensor
+        for theirs, part in zip(_BLOCK[ours], whole.split(rows.get(ours, len(whole))), strict=True):
+            renamed[f"model.layers.{layer}.{theirs}.{kind}"] = part
+    return renamed

@@ -1,0 +1,129 @@
+"""Models for other programs: a folder of the transformers library, and a file of torch.export."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from fastlm.models import GPT, GPTConfig, LanguageModel, llama
+from fastlm.models.base import CONFIG, WEIGHTS, write_file, write_tensors
+from fastlm.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, Tokenizer
+
+# What the library's models are, in GPTConfig's words.
+_GPT2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu"}
+_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
+
+
+def to_transformers(model: LanguageModel, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+    """Writes the folder of a GPT-2 or a Llama that AutoModelForCausalLM and AutoTokenizer load.
+
+    ``ValueError`` where the library has no such model, the tokenizer has no ``tokenizer.json``, or the folder
+    isn't empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder")
+    if not isinstance(model, GPT):
+        raise ValueError(
+            f"{type(model).__name__} has no counterpart in the transformers library, only GPT has"
+        )
+    values, tensors = _gpt2(model) if _is(model.config, _GPT2) else _llama(model)
+    end = tokenizer.end_of_text
+    values |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
+    library, settings = _library_tokenizer(tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / TOKENIZER_FILE, library.to_str().encode())
+    write_file(folder / "tokenizer_config.json", _json(settings))
+    write_tensors(folder / WEIGHTS, {name: t.float().cpu().contiguous() for name, t in tensors.items()})
+    write_file(folder / CONFIG, _json(values))
+
+
+def _json(values: dict) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _is(config: GPTConfig, parts: dict) -> bool:
+    return all(getattr(config, name) == value for name, value in parts.items()) and (
+        parts is not _GPT2 or config.n_kv_head == config.n_head
+    )
+
+
+def _gpt2(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Its own names; where GPT has no biases, GPT-2's are zeros."""
+    config, tensors = model.config, model.stored_tensors()
+    ours = {"bias", "n_kv_head", "rope_theta", *_GPT2}
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in ours}
+    values |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+    if not config.bias:
+        for name, weight in list(tensors.items()):
+            if ".h." in name or ".ln_f." in name:
+                tensors[name.replace(".weight", ".bias")] = weight.new_zeros(weight.shape[-1])
+    return values, tensors
+
+
+def _llama(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    config = model.config
+    if not _is(config, _LLAMA):
+        has = ", ".join(f"{name}={getattr(config, name)!r}" for name in _GPT2)
+        raise ValueError(
+            f"the transformers library has no GPT with {has} and {config.n_kv_head} of {config.n_head} heads for "
+            f"keys: GPT-2 is {_words(_GPT2)}, n_kv_head = n_head; Llama {_words(_LLAMA)}"
+        )
+    if config.resid_pdrop or config.embd_pdrop:  # in training alone, where Llama has none
+        config = dataclasses.replace(config, resid_pdrop=0.0, embd_pdrop=0.0)
+    values = llama.llama_values(config) | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return values, llama.llama_tensors(model.stored_tensors(), values)
+
+
+def _words(parts: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in parts.items())
+
+
+def _library_tokenizer(tokenizer: Tokenizer):
+    """A tokenizer of the ``tokenizers`` library with the same tokens, and its settings."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, FileTokenizer):
+        end = tokenizer.library.id_to_token(tokenizer.end_of_text)
+        return tokenizer.library, settings | ({"eos_token": end} if end is not None else {})
+    if isinstance(tokenizer, ByteTokenizer):
+        return _bytes(), settings
+    raise ValueError(f"tokenizer {tokenizer.fingerprint}: has no {TOKENIZER_FILE}, which the folder needs")
+
+
+def _bytes():
+    """Byte-level BPE without merges: each byte is the token of its number."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "a tokenizer of bytes is exported with the tokenizers library: pip install tokenizers"
+        ) from None
+
+    # GPT-2's characters for bytes: those that print stand for themselves, the others follow 255.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    vocabulary = {chr(b if b in printed else next(others)): b for b in range(256)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return library
+
+
+def to_torch_export(model: LanguageModel, path: str | os.PathLike) -> None:
+    """Writes the model from tokens (B, T) to logits (B, T, V), for any B and any T that its context allows.
+    A program that loads it with ``torch.export.load`` imports fastlm first, whose operators are in it."""
+    path = Path(path)
+    length = {} if model.max_length is None else {"max": model.max_length}
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", **length)},)
+    idx = torch.zeros(2, min(8, model.max_length or 8), dtype=torch.int64)
+    idx = idx.to(next(model.parameters()).device)
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (idx,), dynamic_shapes=shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+    try:
+        torch.export.save(program, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
