@@ -243,6 +243,9 @@ def test_bad_checkpoints(tmp_path):
     config.write_text('{"model_type": "gpt2", "activation_function": "relu"}')
     with pytest.raises(ValueError, match="activation_function 'relu' isn't supported"):
         from_pretrained(tmp_path)
+    config.write_text('{"model_type": "gpt2", "scale_attn_weights": false}')
+    with pytest.raises(ValueError, match="without scale_attn_weights isn't supported"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,8 @@ class GPT(LanguageModel):
         for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if values.get(name):
                 raise ValueError(f"GPT: a config with {name} isn't supported")
+        if not values.get("scale_attn_weights", True):
+            raise ValueError("GPT: a config without scale_attn_weights isn't supported")
         return super().config_from_dict(values)
 
 
