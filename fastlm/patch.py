@@ -19,8 +19,6 @@ cross_entropy`). A reference kept elsewhere (an attribute, another name) stays t
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from torch.overrides import has_torch_function
 
 import fastlm.functional
 import fastlm.nn
+from fastlm.imports import AfterImport
 from fastlm.ops import KERNEL_DTYPES
 from fastlm.ops.linear import linear as ops_linear
 from fastlm.reference import is_causal_bias
@@ -58,7 +57,10 @@ def _is_ours(tensors: tuple) -> bool:
     """
     if not _active or has_torch_function(tensors) or torch.jit.is_tracing():
         return False
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return False
+    else:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         for x in tensors:
@@ -254,33 +256,13 @@ def _put_varlen(module: Any) -> None:
     _put(module, "varlen_attn")
 
 
-class _LateVarlen(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Replaces varlen_attn once its module, which takes seconds to import, is imported."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != VARLEN:
-            return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        with _lock:
-            if _active:
-                _put_varlen(module)
+def _varlen_is_imported(module: Any) -> None:
+    with _lock:
+        if _active:
+            _put_varlen(module)
 
 
-_late_varlen = _LateVarlen()
+_late_varlen = AfterImport(VARLEN, _varlen_is_imported)  # an import that takes seconds
 
 
 def _activate() -> None:
@@ -293,12 +275,9 @@ def _activate() -> None:
     for name in ("gru", "gru_cell"):
         _put(torch._VF, name)
         _put(torch, name)
-    if VARLEN in sys.modules:
-        _put_varlen(sys.modules[VARLEN])
-    else:
-        sys.meta_path.insert(0, _late_varlen)
     _put_in_program()
     _active = True
+    _late_varlen.watch()
 
 
 def _deactivate() -> None:
@@ -314,8 +293,7 @@ def _deactivate() -> None:
         else:
             setattr(owner, name, before)
     _changed.clear()
-    if _late_varlen in sys.meta_path:
-        sys.meta_path.remove(_late_varlen)
+    _late_varlen.stop()
     # Modules imported meanwhile took the replacements by name.
     for module_name, module in list(sys.modules.items()):
         if not _is_of_program(module_name) or not hasattr(module, "__dict__"):

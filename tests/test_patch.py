@@ -244,6 +244,21 @@ def test_what_we_do_not_serve_keeps_torchs_function():
             F.scaled_dot_product_attention([1.0], [1.0], [1.0])
 
 
+def test_export_to_onnx_keeps_torchs_operators(monkeypatch):
+    class Model(nn.Module):
+        def forward(self, q, target):
+            return F.cross_entropy(F.scaled_dot_product_attention(q, q, q, is_causal=True)[0, 0], target)
+
+    def fastlms():
+        graph = torch.export.export(Model(), (torch.randn(1, 2, 3, 8), torch.tensor([0, 2, 1]))).graph
+        return [node for node in graph.nodes if "fastlm" in str(node.target)]
+
+    with fastlm.installed():
+        assert fastlms()
+        monkeypatch.setattr(torch.onnx._internal.exporter._flags, "_is_onnx_exporting", True)
+        assert not fastlms()
+
+
 def test_causal_bias_masks():
     from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
