@@ -1,5 +1,7 @@
 """Fused attention, GRU and softmax cross-entropy for PyTorch."""
 
+import importlib
+
 from fastlm import distributed, nn
 from fastlm.functional import (
     cross_entropy,
@@ -10,6 +12,7 @@ from fastlm.functional import (
     scaled_dot_product_attention,
     varlen_attn,
 )
+from fastlm.imports import AfterImport
 from fastlm.ops import use_backend
 from fastlm.patch import convert, install, installed, uninstall
 
@@ -30,3 +33,6 @@ __all__ = [
     "use_backend",
     "varlen_attn",
 ]
+
+# Opacus knows modules by their class, and would take wrong gradients from those that it doesn't know.
+AfterImport("opacus", lambda _: importlib.import_module("fastlm.integrations.opacus")).watch()
