@@ -19,9 +19,6 @@ class TrainingDisplay:
     """A progress bar with loss, tokens/s and time left, and a line for each evaluation."""
 
     def __init__(self, trainer: Trainer, console: Console):
-        self.step_tokens = (
-            trainer.options.block_size * trainer.options.batch_size * trainer.options.accumulate
-        )
         self.progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -39,7 +36,7 @@ class TrainingDisplay:
             speed=0,
             completed=trainer.progress.step,
         )
-        self.loss, self.seconds = None, None
+        self.loss = self.tokens = self.seconds = None
 
     def __enter__(self) -> "TrainingDisplay":
         self.progress.__enter__()
@@ -56,13 +53,14 @@ class TrainingDisplay:
             )
             return
         self.loss = _smooth(self.loss, values["loss"])
+        self.tokens = _smooth(self.tokens, values["targets"])
         self.seconds = _smooth(self.seconds, values["seconds"])
         self.progress.update(
             self.task,
             completed=values["step"],
             total=values["max_steps"],
             loss=self.loss,
-            speed=self.step_tokens / self.seconds,
+            speed=self.tokens / self.seconds,
         )
 
 

@@ -312,15 +312,19 @@ class Trainer:
         progress.seconds = self.seconds_before + time.perf_counter() - self.began
         self._log("step", loss=loss, grad_norm=norm.item(), lr=lr, seconds=seconds)
 
+    def targets(self, step: int) -> int:
+        """How many the step after ``step`` others has, over its passes and processes."""
+        options = self.options
+        count = options.accumulate * options.batch_size
+        return training_targets(self.corpus.train, options.block_size, count, step * count, options.seed)
+
     def _accumulate_gradients(self) -> float:
         options, processes, total = self.options, self.processes, 0.0
         processes.seed(options.seed, self.progress.step)
-        train, sequences = self.corpus.train, options.accumulate * options.batch_size
-        begin = self.progress.step * sequences
-        targets = training_targets(train, options.block_size, sequences, begin, options.seed)
+        targets = self.targets(self.progress.step)
         for i in range(options.accumulate):
-            first = begin + i * options.batch_size + self.offset
-            batch = training_batch(train, options.block_size, self.count, first, options.seed)
+            first = (self.progress.step * options.accumulate + i) * options.batch_size + self.offset
+            batch = training_batch(self.corpus.train, options.block_size, self.count, first, options.seed)
             # Gradients are means over the processes, of means over the targets of a pass.
             share = processes.size * int((batch[1] >= 0).sum()) / targets
             batch = [t.to(self.device) for t in batch]
@@ -386,7 +390,8 @@ class Trainer:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, self.progress.step)
-        self.report(kind, record | {"max_steps": self.progress.max_steps})
+        shown = {"max_steps": self.progress.max_steps, "targets": self.targets(self.progress.step - 1)}
+        self.report(kind, record | shown)
 
 
 def start(

@@ -254,7 +254,8 @@ def test_a_run_begins_from_a_folder_of_transformers(hf, words, options, run, tmp
     assert record["lr"] == 1e-4 and record["model"] is None
     shutil.rmtree(tmp_path / "origin")
     shutil.rmtree(tmp_path / "cli/checkpoints/step-4")
-    assert run("train --resume --out cli --sample 0")[0] == 0
+    status, _, errors = run("train --resume --out cli --sample 0")
+    assert status == 0, errors
     assert run("evaluate cli")[0] == run("generate cli line --max-new-tokens 3")[0] == 0
 
 
