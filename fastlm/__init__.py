@@ -1,6 +1,7 @@
 """Fused attention, GRU and softmax cross-entropy for PyTorch."""
 
 import importlib
+import warnings
 
 from fastlm import distributed, nn
 from fastlm.functional import (
@@ -34,5 +35,13 @@ __all__ = [
     "varlen_attn",
 ]
 
-# Opacus knows modules by their class, and would take wrong gradients from those that it doesn't know.
-AfterImport("opacus", lambda _: importlib.import_module("fastlm.integrations.opacus")).watch()
+
+def _opacus_is_imported(opacus) -> None:
+    """Opacus knows modules by their class, and would take wrong gradients from those that it doesn't know."""
+    try:
+        importlib.import_module("fastlm.integrations.opacus")
+    except ImportError as error:
+        warnings.warn(f"fastlm: this Opacus can't train modules of fastlm.nn: {error}", stacklevel=2)
+
+
+AfterImport("opacus", _opacus_is_imported).watch()
