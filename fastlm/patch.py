@@ -114,11 +114,15 @@ def _scaled_dot_product_attention(
     enable_gqa=False,
 ):
     mask = None if is_causal_bias(attn_mask) else attn_mask  # a tensor subclass that we know
-    if _is_ours((query, key, value, mask)):
-        function = fastlm.functional.scaled_dot_product_attention
-    else:
-        function = _originals["scaled_dot_product_attention"]
-    return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    if _is_ours((query, key, value, mask)) and (attn_mask is None or not is_causal):
+        try:
+            return fastlm.functional.scaled_dot_product_attention(
+                *arguments, scale=scale, enable_gqa=enable_gqa
+            )
+        except (TypeError, ValueError):  # raised before any work: torch says it in its own words
+            pass
+    return _originals["scaled_dot_product_attention"](*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
 def _cross_entropy(

@@ -244,6 +244,23 @@ def test_what_we_do_not_serve_keeps_torchs_function():
             F.scaled_dot_product_attention([1.0], [1.0], [1.0])
 
 
+def test_misuse_of_attention_raises_what_torch_raises():
+    x = torch.randn(2, 3, 4, 8)
+    calls = [
+        lambda: F.scaled_dot_product_attention(x, x[..., :4], x),
+        lambda: F.scaled_dot_product_attention(x[0, 0, 0], x, x),
+        lambda: F.scaled_dot_product_attention(x, x.double(), x),
+        lambda: F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4, dtype=torch.int32)),
+        lambda: F.scaled_dot_product_attention(x, x, x, torch.ones(3, 9, dtype=torch.bool)),
+    ]
+    for call in calls:
+        with pytest.raises(Exception) as theirs:
+            call()
+        with fastlm.installed(), pytest.raises(type(theirs.value)) as ours:
+            call()
+        assert str(ours.value) == str(theirs.value)
+
+
 def test_export_to_onnx_keeps_torchs_operators(monkeypatch):
     class Model(nn.Module):
         def forward(self, q, target):
