@@ -73,6 +73,32 @@ def test_attention_with_gradients_has_second_derivatives(served):
     assert not served
 
 
+def cell(B=2, H=8, **options):
+    return [
+        torch.randn(*shape, requires_grad=True, **options)
+        for shape in ((B, 5), (B, H), (3 * H, 5), (3 * H, H), (3 * H,), (3 * H,))
+    ]
+
+
+def test_a_cells_step_is_eagers_to_the_bit():
+    arguments = cell()
+    ours, theirs = fastlm.gru_cell(*arguments), torch.gru_cell(*arguments)
+    assert torch.equal(ours, theirs) and ours.grad_fn.name() == theirs.grad_fn.name()
+    with fastlm.installed():
+        assert torch.gru_cell(*arguments).grad_fn.name() == theirs.grad_fn.name()
+    assert torch.equal(fastlm.gru_cell(*arguments[:4]), torch.gru_cell(*arguments[:4]))
+    assert torch.autograd.gradgradcheck(fastlm.gru_cell, cell(1, 2, dtype=torch.float64))
+    for others, options in (
+        (cell(ops.TINY["gru_cell"], 2), {}),
+        (cell(dtype=torch.bfloat16), {}),
+        (arguments, {"zoneout": 0.5}),
+        (arguments, {"layer_norm": (torch.ones(24), torch.ones(24))}),
+    ):
+        assert fastlm.gru_cell(*others, **options).grad_fn.name() != theirs.grad_fn.name()
+    with pytest.raises(RuntimeError, match="^fastlm.gru_cell: hx has batch size 1, expected 2"):
+        fastlm.gru_cell(arguments[0], arguments[1][:1], *arguments[2:])
+
+
 def test_kernels_serve_what_is_larger_and_what_eager_lacks(served):
     x, y = logits(2, ops.TINY["cross_entropy"])
     fastlm.cross_entropy(x, y)

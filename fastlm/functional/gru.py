@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastlm import reference
-from fastlm.ops import autocast_is_on, choose_backend
+from fastlm.ops import autocast_is_on, choose_backend, is_tiny
 from fastlm.ops import gru as ops_gru
 
 _GRU = (
@@ -284,6 +284,20 @@ def gru_cell(
             gru_cell, everything, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout=zoneout,
             recurrent_dropout=recurrent_dropout, layer_norm=layer_norm, training=training,
         )  # fmt: skip
+    if (
+        not (zoneout or recurrent_dropout or gains)
+        and isinstance(input, Tensor)
+        and isinstance(hx, Tensor)
+        and input.is_cpu
+        and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
+        and input.dim() == hx.dim() == 2
+        and is_tiny("gru_cell", hx.numel())
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        try:
+            return torch._C._VariableFunctions.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # arguments that don't fit: the checks below say so
     zoneout = check_probability("gru_cell", "zoneout", zoneout)
     recurrent_dropout = check_probability("gru_cell", "recurrent_dropout", recurrent_dropout)
     if layer_norm is not None and len(gains) != 2:
