@@ -28,7 +28,8 @@ def to_transformers(model: LanguageModel, tokenizer: Tokenizer, folder: str | os
         raise ValueError(
             f"{type(model).__name__} has no counterpart in the transformers library, only GPT has"
         )
-    values, tensors = _gpt2(model) if _is(model.config, _GPT2) else _llama(model)
+    gpt2 = _is(model.config, _GPT2 | {"n_kv_head": model.config.n_head})
+    values, tensors = _gpt2(model) if gpt2 else _llama(model)
     end = tokenizer.end_of_text
     values |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
     library, settings = _library_tokenizer(tokenizer)
@@ -44,9 +45,7 @@ def _json(values: dict) -> bytes:
 
 
 def _is(config: GPTConfig, parts: dict) -> bool:
-    return all(getattr(config, name) == value for name, value in parts.items()) and (
-        parts is not _GPT2 or config.n_kv_head == config.n_head
-    )
+    return all(getattr(config, name) == value for name, value in parts.items())
 
 
 def _gpt2(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -70,8 +69,6 @@ def _llama(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
             f"the transformers library has no GPT with {has} and {config.n_kv_head} of {config.n_head} heads for "
             f"keys: GPT-2 is {_words(_GPT2)}, n_kv_head = n_head; Llama {_words(_LLAMA)}"
         )
-    if config.resid_pdrop or config.embd_pdrop:  # in training alone, where Llama has none
-        config = dataclasses.replace(config, resid_pdrop=0.0, embd_pdrop=0.0)
     values = llama.llama_values(config) | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return values, llama.llama_tensors(model.stored_tensors(), values)
 

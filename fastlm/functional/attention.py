@@ -44,9 +44,8 @@ def _is_tiny(query: Tensor, key: Tensor, value: Tensor) -> bool:
     be asked for: its kernel has no second derivatives and no forward-mode AD. Its checks let a value pass
     that has fewer rows than key, and it reads behind them: shapes are compared here."""
     return (
-        query.is_cpu
-        and not requires_grad(query, key, value)
-        and is_tiny("scaled_dot_product_attention", query.numel())
+        not requires_grad(query, key, value)
+        and is_tiny("scaled_dot_product_attention", query)
         and query.dtype in KERNEL_DTYPES
         and not query.is_nested
         and query.shape == key.shape == value.shape

@@ -178,9 +178,8 @@ def cross_entropy(
     if (
         size_average is reduce is None
         and not (z_loss or softcap or return_lse)
-        and input.is_cpu
         and target.dtype is torch.int64
-        and is_tiny("cross_entropy", input.numel())
+        and is_tiny("cross_entropy", input)
         and not torch._C._is_any_autocast_enabled()
     ):
         try:

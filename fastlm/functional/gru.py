@@ -288,10 +288,9 @@ def gru_cell(
         not (zoneout or recurrent_dropout or gains)
         and isinstance(input, Tensor)
         and isinstance(hx, Tensor)
-        and input.is_cpu
         and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
         and input.dim() == hx.dim() == 2
-        and is_tiny("gru_cell", hx.numel())
+        and is_tiny("gru_cell", hx)
         and not torch._C._is_any_autocast_enabled()
     ):
         try:

@@ -170,10 +170,12 @@ def choose_backend(
     return _forced
 
 
-def is_tiny(function: str, size: int) -> bool:
-    """Whether plain PyTorch serves a call of this size (see TINY) on the CPU, since it is faster. Never
-    where a backend is forced, nor in a compiled program, whose calls cost less."""
-    return _forced is None and not torch.compiler.is_compiling() and 0 < size <= TINY[function]
+def is_tiny(function: str, tensor: torch.Tensor) -> bool:
+    """Whether plain PyTorch serves a call of this tensor's size (see TINY) on the CPU, since it is faster.
+    Never where a backend is forced, nor in a compiled program, whose calls cost less."""
+    if _forced is not None or not tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return 0 < tensor.numel() <= TINY[function]
 
 
 def _refusal(family, function: str, tensor: torch.Tensor) -> str | None:
