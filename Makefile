@@ -6,6 +6,7 @@
 # make cuda-targets [ARGS=sm_80]    compile the CUDA kernels for every GPU they are for, here or not, and print what
 #                                   became of them; needs nvcc
 # make docs                         build the documentation, into build/docs; a broken link or reference fails
+# make soak [ARGS="--minutes 60"]   train for so long in one process, whose memory must stay flat
 # make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
 # Each sets up .venv and builds the extension first where that has not been done.
@@ -17,7 +18,7 @@ LIBRARY := .venv/.library
 DOCS := .venv/.docs
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench gpu-check cuda-targets docs sanitize lint clean
+.PHONY: setup train test bench gpu-check cuda-targets docs soak sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -67,6 +68,11 @@ docs: $(DOCS)
 $(DOCS): $(DEPENDENCIES)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	@touch $@
+
+# One thread: memory is what is looked at, and others may use the machine meanwhile.
+soak: export OMP_NUM_THREADS ?= 1
+soak: setup
+	$(PY) tests/soak.py $(ARGS)
 
 sanitize: setup
 	$(PY) tests/native/run.py

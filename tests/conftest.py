@@ -31,6 +31,7 @@ NEEDS = {
     "test_hypothesis.py": ("hypothesis",),
     "test_opinfo.py": ("expecttest", "numpy"),
     "test_simt.py": ("ninja",),
+    "test_soak.py": (*TRAINING, "rich", "tensorboard"),
     "test_train.py": TRAINING,
     "test_transformers.py": ("accelerate", "peft", "transformers"),
     "test_triton.py": ("triton",),
