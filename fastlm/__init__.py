@@ -36,12 +36,15 @@ __all__ = [
 ]
 
 
-def _opacus_is_imported(opacus) -> None:
-    """Opacus knows modules by their class, and would take wrong gradients from those that it doesn't know."""
+def _is_imported(library) -> None:
+    """Opacus and PEFT know modules by their class; Opacus would take wrong gradients from those that it doesn't
+    know, PEFT refuse them."""
+    name = library.__name__
     try:
-        importlib.import_module("fastlm.integrations.opacus")
+        importlib.import_module(f"fastlm.integrations.{name}")
     except ImportError as error:
-        warnings.warn(f"fastlm: this Opacus can't train modules of fastlm.nn: {error}", stacklevel=2)
+        warnings.warn(f"fastlm: this {name} can't train modules of fastlm: {error}", stacklevel=2)
 
 
-AfterImport("opacus", _opacus_is_imported).watch()
+for _name in ("opacus", "peft"):
+    AfterImport(_name, _is_imported).watch()

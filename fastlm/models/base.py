@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastlm import functional as fused
 from fastlm import generate as decoding
+from fastlm.nn import Linear
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files, as the transformers library writes them
@@ -152,6 +154,15 @@ def read_weights(folder: str | os.PathLike) -> dict[str, Tensor]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: damaged: {error}") from None
     return {name: tensor for file in files for name, tensor in read_tensors(Path(folder) / file).items()}
+
+
+def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of ``head(x)``, x (B, T, C) and targets (B, T). A plain layer's logits are never in
+    memory; what an adapter around it gives is not its weight's alone."""
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if type(head) is Linear:
+        return fused.linear_cross_entropy(x, head.weight, targets, linear_bias=head.bias)
+    return fused.cross_entropy(head(x), targets)
 
 
 def check_tokens(name: str, idx: Tensor, targets: Tensor | None, limit: int | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlm import functional as fused
 from fastlm.models import llama
-from fastlm.models.base import LanguageModel, check_tokens
+from fastlm.models.base import LanguageModel, check_tokens, head_loss
 from fastlm.nn import Linear
 
 
@@ -136,8 +136,8 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
 
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        return fused.linear(x, self.weight.t(), self.bias, activation=activation)
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.linear(x, self.weight.t(), self.bias)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -205,7 +205,8 @@ class MLP(nn.Module):
             gate, up = self.c_fc(x).chunk(2, dim=-1)
             x = F.silu(gate) * up
         else:
-            x = self.c_fc(x, activation="gelu_tanh")
+            # Outside of the layer, which adapters and hooks take for a linear one.
+            x = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(x))
 
 
@@ -271,7 +272,7 @@ class GPT(LanguageModel):
         x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
         if targets is None:
             return self.lm_head(x)
-        return fused.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return head_loss(self.lm_head, x, targets)
 
     def _hidden(
         self, idx: Tensor, positions: Tensor, cache: KVCache | None = None, prefill: bool = False

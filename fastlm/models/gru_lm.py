@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastlm import functional as fused
-from fastlm.models.base import LanguageModel, check_tokens
+from fastlm.models.base import LanguageModel, check_tokens, head_loss
 from fastlm.nn import GRU, Linear
 
 
@@ -118,9 +117,7 @@ class GRULM(LanguageModel):
         if targets is None:
             result = self.head(x)
         else:
-            result = fused.linear_cross_entropy(
-                x.flatten(0, 1), self.head.weight, targets.flatten(), linear_bias=self.head.bias
-            )
+            result = head_loss(self.head, x, targets)
         return (result, state) if return_state else result
 
     def prefill(self, idx: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
