@@ -1,6 +1,7 @@
 """Low-rank adapters: PEFT on our models, and runs that train nothing else."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -40,21 +41,22 @@ def adapt(model, kind: str, **changes):
 IDX = torch.randint(V, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
+def pairs(model):
+    """(weight's name in the base model, A, B) of each adapter, B A being what W is changed by, but for GPT's layers."""
+    parameters = dict(model.base_model.model.named_parameters())
+    for name, a in parameters.items():
+        if match := re.match(r"(.+)\.lora_(embedding_)?A(_\w+)?\.default", name):
+            b = parameters[name.replace("_A", "_B")]
+            yield f"{match[1]}.{(match[3] or '_weight')[1:]}", a, b
+
+
 def merged_by_hand(adapted, base):
-    """A model with W + 5/3 B A in the place of each W that is adapted, computed by their names."""
-    merged, state = copy.deepcopy(base), adapted.base_model.model.state_dict()
+    """A model with W + 5/3 B A in the place of each W that is adapted."""
+    merged = copy.deepcopy(base)
     weights = merged.state_dict()
-    for name, b in state.items():
-        if ".lora_B." in name:
-            a = state[name.replace("lora_B", "lora_A")]
-            layer, _, rest = name.partition(".lora_B.default")
-            key = f"{layer}.{rest.strip('.').removesuffix('weight').strip('.') or 'weight'}"
-            delta = 5 / 3 * (b @ a)
-            weights[key] += delta.T if "c_" in layer else delta
-        elif ".lora_embedding_B." in name:
-            layer = name.partition(".lora_embedding_B.")[0]
-            a = state[name.replace("embedding_B", "embedding_A")]
-            weights[f"{layer}.weight"] += 5 / 3 * (b @ a).T
+    for name, a, b in pairs(adapted):
+        transposed = "c_" in name or "wte" in name or "embedding" in name
+        weights[name] += 5 / 3 * ((b @ a).T if transposed else b @ a).detach()
     return merged
 
 
@@ -102,16 +104,11 @@ def test_gradients_of_adapters_are_those_of_the_matrices(kind):
     for one in (model, by_hand):
         one(IDX, IDX.roll(-1, 1)).backward()
     gradients, checked = {n: p.grad for n, p in by_hand.named_parameters()}, 0
-    parameters = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters()}
-    for name, a in parameters.items():
-        if ".lora_A." in name:
-            b = parameters[name.replace("lora_A", "lora_B")]
-            layer, _, rest = name.partition(".lora_A.default.")
-            d = gradients[f"{layer}.{rest.removesuffix('.weight')}"]
-            d = 5 / 3 * (d.T if kind == "gpt2" else d)
-            torch.testing.assert_close(a.grad, b.detach().T @ d)
-            torch.testing.assert_close(b.grad, d @ a.detach().T)
-            checked += 1
+    for name, a, b in pairs(model):
+        d = 5 / 3 * (gradients[name].T if kind == "gpt2" else gradients[name])
+        torch.testing.assert_close(a.grad, b.detach().T @ d)
+        torch.testing.assert_close(b.grad, d @ a.detach().T)
+        checked += 1
     assert checked == (2 if kind == "gpt2" else 4)
 
 
@@ -123,8 +120,9 @@ def test_two_adapters_of_a_gru_add_up():
     model.base_model.set_adapter(["default", "other"])
     torch.testing.assert_close(model(IDX), first)  # the other begins at zero
     with torch.no_grad():
-        for p in model.base_model.model.gru.lora_B["other"].parameters():
-            p.normal_()
+        for name, p in model.named_parameters():
+            if name.endswith("other"):
+                p.normal_()
     assert (model(IDX) - first).abs().max() > 0.1
     both = model(IDX)
     torch.testing.assert_close(model.merge_and_unload()(IDX), both, rtol=1e-4, atol=1e-5)

@@ -50,6 +50,9 @@ class GRUAdapter(nn.Module, LoraLayer):
     ):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.adapter_layer_names = tuple(f"lora_{side}_{name}" for name in self._matrices() for side in "AB")
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
 
@@ -59,6 +62,10 @@ class GRUAdapter(nn.Module, LoraLayer):
     def _matrices(self) -> dict[str, nn.Parameter]:
         gru = self.get_base_layer()
         return {name: getattr(gru, name) for name in gru._flat_weights_names if name.startswith("weight")}
+
+    def _pair(self, name: str) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+        """A (r, I) and B (3 H, r) of a matrix, for each adapter. PEFT's files name them lora_A_weight_ih_l0."""
+        return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
         if r < 1:
@@ -74,22 +81,27 @@ class GRUAdapter(nn.Module, LoraLayer):
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = nn.Identity()
-        a, b = {}, {}
         for name, weight in self._matrices().items():
-            out, width = weight.shape
-            kind = {"bias": False, "device": weight.device, "dtype": weight.dtype}
-            a[name], b[name] = nn.Linear(width, r, **kind), nn.Linear(r, out, **kind)
+            a, b = (weight.new_empty(shape) for shape in ((r, weight.shape[1]), (len(weight), r)))
             if config.init_lora_weights == "gaussian":
-                nn.init.normal_(a[name].weight, std=1 / r)
+                nn.init.normal_(a, std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             if config.init_lora_weights:
-                nn.init.zeros_(b[name].weight)
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = nn.ModuleDict(a), nn.ModuleDict(b)
+                nn.init.zeros_(b)
+            else:
+                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+            for side, value in zip(self._pair(name), (a, b), strict=True):
+                side[adapter_name] = nn.Parameter(value)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter_name: str) -> dict[str, Tensor]:
         """What the adapter adds to each matrix, by its name."""
-        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        return {name: self.scaling[adapter_name] * (b[name].weight @ a[name].weight) for name in a}
+        deltas = {}
+        for name in self._matrices():
+            a, b = (side[adapter_name] for side in self._pair(name))
+            deltas[name] = self.scaling[adapter_name] * (b @ a)
+        return deltas
 
     def forward(self, *args, **kwargs):
         if kwargs.pop("adapter_names", None) is not None:
@@ -97,7 +109,7 @@ class GRUAdapter(nn.Module, LoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self.active_adapters
-        deltas = [self.get_delta_weight(name) for name in active if name in self.lora_A]
+        deltas = [self.get_delta_weight(name) for name in active if name in self.r]
         if not deltas:
             return self.base_layer(*args, **kwargs)
         weights = {
@@ -114,7 +126,7 @@ class GRUAdapter(nn.Module, LoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
+            if name not in self.r:
                 continue
             if safe_merge and not all(d.isfinite().all() for d in self.get_delta_weight(name).values()):
                 raise ValueError(
