@@ -28,7 +28,7 @@ SIZE = {
 }  # fmt: skip
 MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-        "eos_token_id": None, "pad_token_id": 0, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # fmt: skip
+        "eos_token_id": None, "pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 MODELS = {
     "gpt2": (hf.GPT2Config, GPT2),
     "llama": (hf.LlamaConfig, SIZE),
@@ -421,7 +421,7 @@ GENERATE = {
     "no cache": {"use_cache": False},
     "static beams": {"num_beams": 2, "cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 4},
-    "assisted": {"prompt_lookup_num_tokens": 2},
+    "assisted": {"prompt_lookup_num_tokens": 2, "eos_token_id": V},  # transformers 5.4 wants one
 }
 
 
