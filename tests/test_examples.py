@@ -1,0 +1,104 @@
+"""The programs of examples/, as their users run them, at a small size: they learn what they say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+NEEDS = {
+    "emotion_classifier": ("numpy",),
+    "finetune_transformers": ("numpy", "transformers", "accelerate"),
+    "gpt": ("numpy",),
+    "gru_lm": ("numpy",),
+    "recurrent_policy": ("gymnasium",),
+}
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def example(name):
+    """Its `main`; the test is skipped where a package that it needs is missing."""
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    return runpy.run_path(str(FOLDER / f"{name}.py"))["main"]
+
+
+@pytest.fixture(autouse=True)
+def two_threads(restore_threads, tiny_calls_as_shipped):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file in which all but each line's number follows from what stands before."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} apples and {i % 7} pears are {i + i % 7} fruits\n" for i in range(2000)))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        example(name)(["--help"])
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    assert "--seed" in printed and f"python examples/{name}.py" in printed
+
+
+def test_table():
+    """The README has a row and a command for each."""
+    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \|", (FOLDER / "README.md").read_text(), re.M)
+    assert set(NAMES) <= set(rows) == set(NEEDS)
+
+
+def test_gru_lm(text, capsys):
+    bits = example("gru_lm")(
+        ["--data", text, *"--hidden 64 --batch-size 8 --length 48 --steps 120 --write 60".split()]
+    )
+    assert bits[0] > 7 and bits[-1] < 1.2
+    assert re.search(r"\d apples", capsys.readouterr().out)
+
+
+def test_gpt(text, capsys):
+    size = "--width 48 --heads 2 --layers 2 --context 64 --window 24 --steps 150 --write 60"
+    bits = example("gpt")(["--data", text, *size.split()])
+    assert bits[0] > 7 and bits[-1] < 1.5
+    assert re.search(r"\d apples", capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", ["", "--lora 4"], ids=["whole", "lora"])
+def test_finetune_transformers(text, tmp_path, capsys, more):
+    """A Llama that fastlm exported goes on, whole or by low-rank updates; what is saved is what was tuned."""
+    main = example("finetune_transformers")
+    from transformers import AutoModelForCausalLM
+
+    from fastlm.export import to_transformers
+    from fastlm.models import GPT, GPTConfig
+    from fastlm.tokenizer import ByteTokenizer
+
+    model = GPT(
+        GPTConfig(
+            vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2, bias=False, pos="rope",
+            norm="rmsnorm", mlp="swiglu", initializer_range=0.06,
+        )
+    )  # fmt: skip
+    to_transformers(model, ByteTokenizer(), str(tmp_path / "begin"))
+    if more:
+        pytest.importorskip("peft")
+    size = "--length 48 --most 40000 --steps 60 --lr 4e-3 --write 20"
+    folders = ["--model", str(tmp_path / "begin"), "--data", text, "--save", str(tmp_path / "tuned")]
+    losses = main([*folders, *size.split(), *more.split()])
+    assert losses[0] > 5.4 and losses[1] < (4.6 if more else 2.0)
+    assert "perplexity" in capsys.readouterr().out
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")  # torch's attention, our weights
+    tokens = torch.tensor([list(Path(text).read_bytes()[-48 * 20 :])]).view(20, 48)
+    assert tuned(tokens, labels=tokens).loss.item() < losses[0] - 1.5
+
+
+def test_recurrent_policy():
+    rewards = example("recurrent_policy")("--updates 30 --hidden 32 --lr 1e-2".split())
+    assert len(rewards) == 31 and rewards[0] < 40
+    assert rewards[-1] > 100
