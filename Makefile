@@ -6,6 +6,7 @@
 # make cuda-targets [ARGS=sm_80]    compile the CUDA kernels for every GPU they are for, here or not, and print what
 #                                   became of them; needs nvcc
 # make docs                         build the documentation, into build/docs; a broken link or reference fails
+# make fuzz [ARGS="--minutes 10"]   random calls of every operator, right and wrong ones
 # make soak [ARGS="--minutes 60"]   train for so long in one process, whose memory must stay flat
 # make sanitize                     the sanitizers alone: address, undefined behaviour, threads
 # make lint, make clean
@@ -18,7 +19,7 @@ LIBRARY := .venv/.library
 DOCS := .venv/.docs
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench gpu-check cuda-targets docs soak sanitize lint clean
+.PHONY: setup train test bench gpu-check cuda-targets docs fuzz soak sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -68,6 +69,9 @@ docs: $(DOCS)
 $(DOCS): $(DEPENDENCIES)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	@touch $@
+
+fuzz: setup
+	$(PY) tests/fuzz $(ARGS)
 
 # One thread: memory is what is looked at, and others may use the machine meanwhile.
 soak: export OMP_NUM_THREADS ?= 1

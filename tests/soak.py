@@ -184,7 +184,7 @@ def main() -> int:
     warm_up = given.minutes / 6 if given.warm_up is None else given.warm_up
     steps, rows = soak(given.minutes, warm_up, given.every, given.seed, given.leak, data)
     if given.out:
-        Path(given.out).write_text("".join("%.1f %.3f %d %d\n" % row for row in rows))
+        Path(given.out).write_text("".join(f"{t:.1f} {m:.3f} {f} {n}\n" for t, m, f, n in rows))
     flat, words = verdict(rows, 60 * warm_up, given.allowed)
     print(f"{steps} steps of training; {words}")
     return 0 if flat else 1

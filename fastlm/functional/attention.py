@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
+from fastlm.functional.arguments import check_flag, check_integer, check_number
 from fastlm.ops import (
     KERNEL_DTYPES,
     autocast_is_on,
@@ -34,6 +35,7 @@ def _check_window(name: str, window_size) -> None:
 def _check_scale(name: str, scale: float | None, D: int) -> float:
     if scale is None:
         return D**-0.5 if D > 0 else 1.0
+    check_number(name, "scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale is {scale}, expected a finite number")
     return float(scale)
@@ -91,7 +93,7 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise error(f"{name} has layout {x.layout}, expected a dense torch.strided tensor")
         if x.dim() < 2:
             raise error(f"{name} has shape {tuple(x.shape)}, expected at least 2 dimensions (..., T, D)")
-        if not x.is_floating_point():
+        if x.dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected a floating dtype"
             )
@@ -114,8 +116,10 @@ def _check_mask(attn_mask: Tensor, query: Tensor) -> None:
         raise TypeError(
             f"fastlm.scaled_dot_product_attention: attn_mask is {type(attn_mask).__name__}, expected a Tensor"
         )
-    if attn_mask.layout != torch.strided:
-        raise _attention_error(f"attn_mask has layout {attn_mask.layout}, expected torch.strided")
+    if attn_mask.layout != torch.strided or attn_mask.is_nested:
+        raise _attention_error(
+            f"attn_mask has layout {attn_mask.layout}, expected a dense torch.strided tensor"
+        )
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
             f"fastlm.scaled_dot_product_attention: attn_mask is {attn_mask.dtype}, expected torch.bool, "
@@ -273,7 +277,10 @@ def scaled_dot_product_attention(
     """
     if (
         attn_mask is alibi_slopes is sinks is scale is None
-        and not (dropout_p or softcap or enable_gqa or return_lse)
+        and type(softcap) is float
+        and type(dropout_p) in (float, int)
+        and dropout_p == softcap == 0
+        and not (enable_gqa or return_lse)
         and window_size == (-1, -1)
         and not has_torch_function_variadic(query, key, value)
         and isinstance(query, Tensor)
@@ -302,7 +309,7 @@ def scaled_dot_product_attention(
     if isinstance(query, Tensor) and autocast_is_on(query.device):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value, attn_mask = (
-            x.to(low) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+            x.to(low) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (query, key, value, attn_mask)
         )
     usual = _is_usual(query, key, value, enable_gqa)
@@ -310,13 +317,17 @@ def scaled_dot_product_attention(
         _check_attention_inputs(query, key, value)
     if attn_mask is not None:
         _check_mask(attn_mask, query)
+    name = "fastlm.scaled_dot_product_attention"
+    check_number(name, "dropout_p", dropout_p)
+    check_flag(name, "is_causal", is_causal)
+    check_number(name, "softcap", softcap)
     if not 0.0 <= dropout_p <= 1.0:
         raise _attention_error(f"dropout_p is {dropout_p}, expected a probability between 0 and 1")
     if window_size != (-1, -1):
-        _check_window("fastlm.scaled_dot_product_attention", window_size)
+        _check_window(name, window_size)
     if not 0.0 <= softcap < math.inf:
         raise _attention_error(f"softcap is {softcap}, expected a finite number >= 0")
-    scale = _check_scale("fastlm.scaled_dot_product_attention", scale, query.shape[-1])
+    scale = _check_scale(name, scale, query.shape[-1])
     if usual and attn_mask is None:
         q, k, v, mask, shape = query, key, value, None, None
     else:
@@ -355,6 +366,13 @@ def scaled_dot_product_attention(
     return (out, lse.reshape(shape)) if return_lse else out
 
 
+def _check_indices(name: str, label: str, x) -> None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: {label} must be a dense Tensor")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: {label} is {x.dtype}, expected torch.int32")
+
+
 def _check_varlen(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa, seqused_k, block_table, num_splits
 ):
@@ -366,7 +384,7 @@ def _check_varlen(
         if x.dim() != dims:
             form = "(T, H, D)" if dims == 3 else "(pages, page_size, H, D) with block_table"
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, expected {form}")
-        if x.dtype != query.dtype or not x.is_floating_point():
+        if x.dtype != query.dtype or x.dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"{name}: {label} is {x.dtype}, expected one floating dtype for query, key and value"
             )
@@ -391,23 +409,30 @@ def _check_varlen(
         raise ValueError(f"{name}: cu_seq_k is None, which only block_table allows")
     if block_table is not None and seqused_k is None:
         raise ValueError(f"{name}: block_table requires seqused_k")
+    _check_indices(name, "cu_seq_q", cu_seq_q)
     N = cu_seq_q.numel() - 1
     for label, x, expected in (
         ("cu_seq_q", cu_seq_q, (N + 1,)), ("cu_seq_k", cu_seq_k, (N + 1,)), ("seqused_k", seqused_k, (N,)),
     ):  # fmt: skip
         if x is None:
             continue
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: {label} is {x.dtype}, expected torch.int32")
+        _check_indices(name, label, x)
         if tuple(x.shape) != expected or N < 0:
             raise ValueError(
                 f"{name}: {label} has shape {tuple(x.shape)}, expected {expected if N >= 0 else '(N + 1,)'}"
             )
-    if block_table is not None and (block_table.dim() != 2 or block_table.size(0) != N):
-        raise ValueError(f"{name}: block_table has shape {tuple(block_table.shape)}, expected ({N}, pages)")
-    if num_splits is not None and num_splits < 0:
-        raise ValueError(f"{name}: num_splits is {num_splits}, expected None or a number >= 0")
+    if block_table is not None:
+        _check_indices(name, "block_table", block_table)
+        if block_table.dim() != 2 or block_table.size(0) != N:
+            raise ValueError(
+                f"{name}: block_table has shape {tuple(block_table.shape)}, expected ({N}, pages)"
+            )
+    if num_splits is not None:
+        check_integer(name, "num_splits", num_splits)
+        if num_splits < 0:
+            raise ValueError(f"{name}: num_splits is {num_splits}, expected None or a number >= 0")
     for label, n in (("max_q", max_q), ("max_k", max_k)):
+        check_integer(name, label, n)
         if n < 0:
             raise ValueError(f"{name}: {label} is {n}, expected a length >= 0")
 
@@ -470,10 +495,15 @@ def varlen_attn(
     """
     if isinstance(query, Tensor) and autocast_is_on(query.device):
         low = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(low) if x.dtype != torch.float64 else x for x in (query, key, value))
+        query, key, value = (
+            x.to(low) if isinstance(x, Tensor) and x.dtype != torch.float64 else x
+            for x in (query, key, value)
+        )
     _check_varlen(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa, seqused_k, block_table, num_splits
     )
+    if return_aux is not None and not hasattr(return_aux, "lse"):
+        raise TypeError(f"fastlm.varlen_attn: return_aux is {return_aux!r}, expected an AuxRequest or None")
     _check_window("fastlm.varlen_attn", window_size)
     scale = _check_scale("fastlm.varlen_attn", scale, query.size(-1))
     transformed = under_transform(query, key, value)

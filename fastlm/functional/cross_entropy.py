@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.ops import autocast_is_on, choose_backend, is_tiny, under_transform
+from fastlm.functional.arguments import check_integer, check_number, check_tensor
+from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
 
@@ -22,12 +23,15 @@ def _check_loss_options(
     name: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float
 ) -> int:
     """The number of the reduction, once the options make sense."""
-    code = _REDUCTIONS.get(reduction)
+    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(
             f"{name}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'"
             f" ({reduction} is not a valid value for reduction)"
         )
+    check_number(name, "label_smoothing", label_smoothing)
+    check_number(name, "z_loss", z_loss)
+    check_number(name, "softcap", softcap)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"{name}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
@@ -35,6 +39,13 @@ def _check_loss_options(
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap is {softcap}, expected a finite value >= 0 (0: none)")
     return code
+
+
+def _check_tensors(name: str, **tensors) -> None:
+    """``TypeError`` where one isn't a dense tensor; options may be None."""
+    for what, x in tensors.items():
+        if x is not None or what not in ("linear_bias", "weight"):
+            check_tensor(name, what, x)
 
 
 def _check_target(
@@ -45,7 +56,7 @@ def _check_target(
     classes = logits[0] if len(logits) == 1 else logits[1]
     probabilities = tuple(target.shape) == logits
     if probabilities:
-        if not target.is_floating_point():
+        if target.dtype not in KERNEL_DTYPES:
             raise RuntimeError(
                 f"{name}: target has the shape of {what}, {logits}, so it holds class probabilities:"
                 f" expected a floating dtype, got {target.dtype}"
@@ -83,7 +94,7 @@ def _check_target(
             )
         if same_weight_dtype and not probabilities and weight.dtype != dtype:
             raise RuntimeError(f"{name}: weight has dtype {weight.dtype}, expected {dtype} as {what}")
-        if not weight.is_floating_point():
+        if weight.dtype not in KERNEL_DTYPES:
             raise RuntimeError(f"{name}: weight has dtype {weight.dtype}, expected a floating dtype")
         if weight.device != target.device:
             raise RuntimeError(
@@ -177,7 +188,11 @@ def cross_entropy(
         )  # fmt: skip
     if (
         size_average is reduce is None
-        and not (z_loss or softcap or return_lse)
+        and type(z_loss) is type(softcap) is float
+        and z_loss == softcap == 0.0
+        and not return_lse
+        and isinstance(input, Tensor)
+        and isinstance(target, Tensor)
         and target.dtype is torch.int64
         and is_tiny("cross_entropy", input)
         and not torch._C._is_any_autocast_enabled()
@@ -192,11 +207,13 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     code = _check_loss_options(name, reduction, label_smoothing, z_loss, softcap)
+    _check_tensors(name, input=input, target=target, weight=weight)
+    check_integer(name, "ignore_index", ignore_index)
     shape = tuple(input.shape)
     dtype = input.dtype
     if not shape:
         raise RuntimeError(f"{name}: input has no dimension, expected (C), (N, C) or (N, C, d1, ...)")
-    if not dtype.is_floating_point:
+    if dtype not in KERNEL_DTYPES:
         raise RuntimeError(f"{name}: input has dtype {dtype}, expected a floating dtype")
     if input.device != target.device:
         raise RuntimeError(
@@ -258,7 +275,7 @@ def _check_linear(
         )
     if linear_bias is not None and tuple(linear_bias.shape) != w[:-1]:
         raise RuntimeError(f"{name}: expected linear_bias shape {w[:-1]}, got {tuple(linear_bias.shape)}")
-    if not input.dtype.is_floating_point:
+    if input.dtype not in KERNEL_DTYPES:
         raise RuntimeError(f"{name}: input has dtype {input.dtype}, expected a floating dtype")
     for what, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is None:
@@ -347,6 +364,11 @@ def linear_cross_entropy(
             f"{name}: options is a {type(options).__name__},"
             " expected a torch.nn.LinearCrossEntropyOptions or None"
         )
+    _check_tensors(
+        name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight
+    )
+    if ignore_index is not None:
+        check_integer(name, "ignore_index", ignore_index)
     device = input.device
     autocast = autocast_is_on(device)
     logits = _check_linear(name, input, linear_weight, linear_bias, autocast)

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastlm import reference
-from fastlm.ops import autocast_is_on, choose_backend, is_tiny
+from fastlm.functional.arguments import check_flag, check_integer
+from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny
 from fastlm.ops import gru as ops_gru
 
 _GRU = (
@@ -48,7 +49,7 @@ def _check_gru_tensors(function: str, tensors: list[tuple[str, Tensor]], like: T
             raise TypeError(f"fastlm.{function}: {name} is {type(x).__name__}, expected a Tensor")
         if x.layout != torch.strided:
             raise RuntimeError(f"fastlm.{function}: {name} has layout {x.layout}, expected torch.strided")
-        if not x.is_floating_point():
+        if x.dtype not in KERNEL_DTYPES:
             raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected a floating dtype")
         if x.dtype != like.dtype and not casting:
             raise RuntimeError(
@@ -185,14 +186,18 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
     batch_sizes = a.get("batch_sizes")
     packed = "batch_sizes" in a
     input, hx, params = a["data" if packed else "input"], a["hx"], a["params"]
+    for name, given in (("params", params), ("layer_norm", layer_norm)):
+        if not isinstance(given, (list, tuple)) and (given is not None or name == "params"):
+            raise TypeError(f"fastlm.gru: {name} is {type(given).__name__}, expected a list of Tensors")
     gains = list(layer_norm) if layer_norm is not None else []
-    if not isinstance(params, (list, tuple)):
-        raise TypeError(f"fastlm.gru: params is {type(params).__name__}, expected a list of Tensors")
     everything = (input, hx, *params, *gains)
     if has_torch_function(everything):
         options = dict(zoneout=zoneout, recurrent_dropout=recurrent_dropout, layer_norm=layer_norm)
         return handle_torch_function(gru, everything, *args, **options, **kwargs)
 
+    for name in ("has_biases", "train", "bidirectional", *(() if packed else ("batch_first",))):
+        check_flag("fastlm.gru", name, a[name])
+    check_integer("fastlm.gru", "num_layers", a["num_layers"])
     has_biases, bidirectional = bool(a["has_biases"]), bool(a["bidirectional"])
     layers, D = a["num_layers"], 2 if bidirectional else 1
     dropout = check_probability("gru", "dropout", a["dropout"])
@@ -277,6 +282,10 @@ def gru_cell(
     dtypes and errors are those of :func:`gru`.
     """
     biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
+    if layer_norm is not None and not isinstance(layer_norm, (list, tuple)):
+        raise TypeError(
+            f"fastlm.gru_cell: layer_norm is {type(layer_norm).__name__}, expected a pair of Tensors"
+        )
     gains = list(layer_norm) if layer_norm is not None else []
     everything = (input, hx, w_ih, w_hh, *(b for _, b in biases), *gains)
     if has_torch_function(everything):
@@ -285,7 +294,9 @@ def gru_cell(
             recurrent_dropout=recurrent_dropout, layer_norm=layer_norm, training=training,
         )  # fmt: skip
     if (
-        not (zoneout or recurrent_dropout or gains)
+        type(zoneout) is type(recurrent_dropout) is float
+        and zoneout == recurrent_dropout == 0.0
+        and not gains
         and isinstance(input, Tensor)
         and isinstance(hx, Tensor)
         and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
@@ -295,8 +306,9 @@ def gru_cell(
     ):
         try:
             return torch._C._VariableFunctions.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-        except (RuntimeError, TypeError, ValueError):
+        except (LookupError, RuntimeError, TypeError, ValueError):
             pass  # arguments that don't fit: the checks below say so
+    check_flag("fastlm.gru_cell", "training", training)
     zoneout = check_probability("gru_cell", "zoneout", zoneout)
     recurrent_dropout = check_probability("gru_cell", "recurrent_dropout", recurrent_dropout)
     if layer_norm is not None and len(gains) != 2:

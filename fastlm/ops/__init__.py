@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fastlm import _C, cuda, triton
@@ -220,7 +221,15 @@ def register_fake(operator: str):
     """torch.library.register_fake for the operator of every family."""
 
     def decorate(function):
-        _register(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", function))
+        def fake(*args):
+            main = next((x for x in args if isinstance(x, torch.Tensor)), None)
+            if main is not None and main.device.type != "meta" and not isinstance(main, FakeTensor):
+                raise RuntimeError(
+                    f"fastlm::{operator}: tensors on {main.device} and on meta, expected one device"
+                )
+            return function(*args)
+
+        _register(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", fake))
         return function
 
     return decorate
