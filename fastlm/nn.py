@@ -450,10 +450,24 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 _LinearLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.modules.loss._WeightedLoss)
 
 
+def _only_multiplies(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer's parameters say all that calling it does."""
+    hooks = (
+        layer._forward_pre_hooks,
+        layer._forward_hooks,
+        layer._backward_pre_hooks,
+        layer._backward_hooks,
+    )
+    forward = getattr(layer.forward, "__func__", None)
+    return forward in (torch.nn.Linear.forward, Linear.forward) and not any(hooks)
+
+
 class LinearCrossEntropyLoss(_LinearLoss):
     """torch.nn.LinearCrossEntropyLoss on :func:`fastlm.linear_cross_entropy`.
 
-    A linear layer, `self.linear`, and the cross-entropy of its output, which is never held whole.
+    A linear layer, `self.linear`, and the cross-entropy of its output, which is never held whole; unless
+    something waits for the layer's call, which is then made: hooks (Opacus's gradients per sample, FSDP), or
+    a layer of another class in its place (adapters).
     Constructor, attributes, `state_dict` and `repr` are those of torch.nn.LinearCrossEntropyLoss
     (a subclass of it where torch has one); `z_loss`, `softcap` and `return_lse` are additions.
 
@@ -518,20 +532,27 @@ class LinearCrossEntropyLoss(_LinearLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The loss, and with `return_lse` the log-sum-exp of each token."""
         shape = (self.num_classes, *self.out_features)
+        options = {
+            "weight": self.weight,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+            "return_lse": self.return_lse,
+        }
+        if not _only_multiplies(self.linear):
+            ignored = -100 if self.ignore_index is None else self.ignore_index
+            logits = self.linear(input).unflatten(-1, shape)
+            return functional.cross_entropy(logits, target, ignore_index=ignored, **options)
         bias = self.linear.bias
         return functional.linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
             target,
             linear_bias=None if bias is None else bias.reshape(shape),
-            weight=self.weight,
-            reduction=self.reduction,
             ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
             options=self.options,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            return_lse=self.return_lse,
+            **options,
         )
 
     def extra_repr(self) -> str:

@@ -294,6 +294,32 @@ def test_linear_module():
         fastlm.nn.LinearCrossEntropyLoss(3, 5, weight=torch.rand(4))
 
 
+@pytest.mark.parametrize("how", ("hook", "replaced", "own forward"))
+def test_linear_module_calls_a_layer_that_does_more_than_multiply(how):
+    module = fastlm.nn.LinearCrossEntropyLoss(
+        3, 5, out_features=(2,), bias=True, weight=torch.rand(5), ignore_index=1, label_smoothing=0.1,
+        z_loss=0.1, return_lse=True,
+    )  # fmt: skip
+    target = torch.randint(5, (4, 2))
+    twice = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in twice.linear.parameters():
+            p.mul_(2)
+    linear = module.linear
+    if how == "hook":
+        linear.register_forward_hook(lambda layer, given, output: 2 * output)
+    elif how == "replaced":
+        module.linear = torch.nn.Sequential(linear, Double())
+    else:
+        linear.forward = lambda x: 2 * F.linear(x, linear.weight, linear.bias)
+    assert_close(module(H, target), twice(H, target))
+
+
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
 def test_torch_compile_keeps_the_graph_whole():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(h, w, y):

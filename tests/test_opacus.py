@@ -72,6 +72,35 @@ def test_fixed_models_have_gradients_per_sample(installed):
     torch.testing.assert_close(*norms)
 
 
+class WithLoss(nn.Module):
+    """A model whose output layer is part of its loss."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.hidden = fastlm.nn.Linear(6, 8)
+        self.loss = fastlm.nn.LinearCrossEntropyLoss(
+            8, 5, bias=True, reduction=reduction, label_smoothing=0.1, z_loss=0.1, softcap=3.0
+        )
+
+    def forward(self, x, target):
+        return self.loss(torch.tanh(self.hidden(x)), target)
+
+
+@pytest.mark.parametrize("functorch", (False, True), ids=("hooks", "functorch"))
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+def test_a_loss_with_its_output_layer_has_gradients_per_sample(reduction, functorch):
+    torch.manual_seed(0)
+    model, x, target = WithLoss(reduction), torch.randn(4, 6), torch.tensor([0, 4, 1, 1])
+    expected = [
+        torch.autograd.grad(model(x[i : i + 1], target[i : i + 1]), list(model.parameters()))
+        for i in range(4)
+    ]
+    private = GradSampleModule(model, loss_reduction=reduction, force_functorch=functorch)
+    private(x, target).backward()
+    for i, (name, p) in enumerate(model.named_parameters()):
+        torch.testing.assert_close(p.grad_sample, torch.stack([g[i] for g in expected]), msg=name)
+
+
 @pytest.mark.parametrize("batch_first", (True, False), ids=("batch_first", "time_first"))
 @pytest.mark.parametrize(
     "options",

@@ -1,8 +1,9 @@
 """Opacus's differentially private training of models made of fastlm.nn.
 
 Opacus knows modules by their exact class. Here fastlm.nn's become known as torch.nn's are: a Linear has its
-gradients per sample from the rule for torch's, GRU, GRUCell and MultiheadAttention are refused by
-`ModuleValidator.validate`, and `ModuleValidator.fix` makes them Opacus's own modules, with their weights.
+gradients per sample from the rule for torch's (and a LinearCrossEntropyLoss those of its layer, which it calls
+where there are hooks), GRU, GRUCell and MultiheadAttention are refused by `ModuleValidator.validate`, and
+`ModuleValidator.fix` makes them Opacus's own modules, with their weights.
 Gradients per sample of these three, were they taken by hooks, would miss what arrives through hx, key, value
 and hn, so a GradSampleModule that has not been fixed raises in its backward.
 Imported, and thereby registered, when `opacus` is.
