@@ -7,6 +7,11 @@
                               trainer.safetensors (AdamW's moments, random states), trainer.json
     RUN/best/step-N/          the best model so far, kept where early stopping was asked for
 
+A run of low-rank adapters keeps these alone, and what they change once:
+
+    RUN/base/                 the model without them
+    RUN/checkpoints/step-N/   adapter_config.json, adapter_model.safetensors, trainer.*
+
 A folder is written under a temporary name, flushed to the disk and renamed. The last two
 checkpoints are kept. Nothing is pickled.
 
@@ -25,11 +30,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastlm import lora
 from fastlm.models import from_pretrained, model_class, read_config
-from fastlm.models.base import WEIGHTS, LanguageModel, read_tensors, write_file, write_tensors
+from fastlm.models.base import WEIGHTS, Model, read_tensors, write_file, write_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 KEPT = 2
+BASE = "base"
 
 
 class Run:
@@ -72,7 +79,7 @@ class Run:
     def save(
         self,
         step: int,
-        model: LanguageModel,
+        model: Model,
         tokenizer: Tokenizer,
         weights: dict[str, Tensor],
         tensors: dict[str, Tensor],
@@ -81,16 +88,19 @@ class Run:
         """Writes checkpoint ``step`` and drops the oldest ones."""
 
         def write(folder: Path) -> None:
-            save_model(folder, model, tokenizer, weights)
+            _save_trained(folder, model, tokenizer, weights)
             write_tensors(folder / "trainer.safetensors", tensors)
             write_file(folder / "trainer.json", (json.dumps(state, indent=2) + "\n").encode())
 
         self._publish("checkpoints", step, write, KEPT)
 
-    def save_best(
-        self, step: int, model: LanguageModel, tokenizer: Tokenizer, weights: dict[str, Tensor]
-    ) -> None:
-        self._publish("best", step, lambda folder: save_model(folder, model, tokenizer, weights), 1)
+    def save_best(self, step: int, model: Model, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
+        self._publish("best", step, lambda folder: _save_trained(folder, model, tokenizer, weights), 1)
+
+    def save_base(self, model: Model, tokenizer: Tokenizer) -> None:
+        """Writes the model that adapters are about to be trained for."""
+        save_model(self.folder / BASE, model, tokenizer)
+        _sync(self.folder / BASE)
 
     def _publish(self, kind: str, step: int, write: Callable[[Path], None], kept: int) -> None:
         parent = self.folder / kind
@@ -153,13 +163,34 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], 
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Those of the model in ``folder``, which may be a run."""
-    return read_tensors(find_model(folder) / WEIGHTS)
+    """Those that a checkpoint, perhaps of the run in ``folder``, holds: of a model or of its adapters."""
+    folder = find_model(folder)
+    return read_tensors(folder / (lora.WEIGHTS if lora.holds_one(folder) else WEIGHTS))
+
+
+def trained_tensors(model: Model) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: all of it, or its adapters."""
+    return lora.stored_tensors(model) if lora.is_adapted(model) else model.stored_tensors()
+
+
+def load_trained(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
+    """The inverse; ``ValueError`` where the tensors, read from ``path``, are of another model."""
+    if lora.is_adapted(model):
+        lora.load_tensors(model, tensors, path)
+    else:
+        model.load_tensors(tensors, path)
+
+
+def _save_trained(folder: Path, model: Model, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
+    if lora.is_adapted(model):
+        lora.save(folder, model, weights, base=f"../../{BASE}")
+    else:
+        save_model(folder, model, tokenizer, weights)
 
 
 def save_model(
     folder: str | os.PathLike,
-    model: LanguageModel,
+    model: Model,
     tokenizer: Tokenizer,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
@@ -170,16 +201,18 @@ def save_model(
     model.save_pretrained(folder, weights, **names)
 
 
-def load_model(folder: str | os.PathLike) -> tuple[LanguageModel, Tokenizer]:
+def load_model(folder: str | os.PathLike) -> tuple[Model, Tokenizer]:
     """The model and tokenizer of a run (its best model where one was kept, else its last), of one
-    of its checkpoints, or of a folder in the layout of the transformers library."""
+    of its checkpoints, or of a folder in the layout of the transformers library; adapters are merged."""
     tokenizer = describe(folder)[-1]
-    return from_pretrained(find_model(Path(folder))), tokenizer
+    found = find_model(Path(folder))
+    model = from_pretrained(base_of(found))
+    return lora.merge(model, found) if lora.holds_one(found) else model, tokenizer
 
 
-def describe(folder: str | os.PathLike) -> tuple[type[LanguageModel], object, Tokenizer]:
+def describe(folder: str | os.PathLike) -> tuple[type[Model], object, Tokenizer]:
     """The class, configuration and tokenizer of what :func:`load_model` loads."""
-    folder = find_model(Path(folder))
+    folder = base_of(find_model(Path(folder)))
     values = read_config(folder)
     spec = values.get("tokenizer")
     if spec is None:
@@ -213,6 +246,18 @@ def find_model(folder: Path) -> Path:
     return folder
 
 
+def base_of(folder: Path) -> Path:
+    """The folder of a whole model: this one or, where it holds adapters, that of the model they belong to."""
+    if not lora.holds_one(folder):
+        return folder
+    path = folder / lora.CONFIG
+    named = str(_read_json(path, f"{path}: no such file").get("base_model_name_or_path"))
+    for base in (folder / named, Path(named)):
+        if base.is_dir():
+            return base
+    raise ValueError(f"{path}: the adapters' model, {named!r}, is no folder here")
+
+
 def _sync(folder: Path) -> None:
     """Flushes a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -222,11 +267,15 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as named tensors: ``KEY.PARAMETER``."""
     return {
         f"{key}.{name}": value
-        for name, p in model.named_parameters()
+        for name, p in _trained(model).items()
         for key, value in optimizer.state[p].items()
     }
 
@@ -239,7 +288,7 @@ def restore_optimizer(
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         state.setdefault(name, {})[key] = value
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     if state.keys() != parameters.keys() or any(
         v.dim() and v.shape != parameters[n].shape for n, values in state.items() for v in values.values()
     ):

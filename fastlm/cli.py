@@ -63,14 +63,14 @@ def main() -> None:
 
 
 def _spread_lists(arguments: list[str]) -> list[str]:
-    """Lets ``--data`` take several paths: ``--data A B`` becomes ``--data A --data B``."""
-    spread, values = [], 0
+    """Lets an option take several values: ``--data A B`` becomes ``--data A --data B``."""
+    spread, option, values = [], None, 0
     for argument in arguments:
         if argument.startswith("-") and argument != "-":
-            values = 1 if argument == "--data" else 0
-        elif values:
-            if values > 1:
-                spread.append("--data")
+            option, values = argument if argument in ("--data", "--lora-targets") else None, 0
+        elif option:
+            if values:
+                spread.append(option)
             values += 1
         spread.append(argument)
     return spread
@@ -153,7 +153,7 @@ def _run(trainer: training.Trainer, folder: Path) -> None:
     options, model, processes = trainer.options, trainer.model, trainer.processes
     several = f"{processes.size} processes ({options.parallel}), " if processes.size > 1 else ""
     console.print(
-        f"{model.model_type}: {model.num_params():,} parameters, "
+        f"{model.model_type}: {model.num_params():,} parameters, {_trained_share(model)}"
         f"vocabulary {model.config.vocab_size}, "
         f"{several}{torch.get_num_threads()} threads; {data.predicted(trainer.corpus.train):,} tokens to learn; "
         f"in {folder}",
@@ -172,6 +172,11 @@ def _run(trainer: training.Trainer, folder: Path) -> None:
         )
         raise typer.Exit(130) from None
     console.print(f"{trainer.progress.step} steps, {trainer.progress.seconds:.0f} s of training")
+
+
+def _trained_share(model) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return "" if trained == model.num_params() else f"{trained:,} of them trained, "
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:

@@ -32,6 +32,7 @@ PRESETS = {
 DEFAULT_SECONDS = 100
 FRESH = {"model": "gpt", "tokenizer": "bytes", "tie": True}
 FINE_TUNING = {"lr": 1e-4, "batch_size": 4}  # whatever the model
+LORA = {"lora_dropout": 0.0, "lr": 1e-3}  # and lora_alpha twice the rank
 _OF_MODEL = {
     "gpt": {"n_layer", "n_head", "n_kv_head", "n_embd", "pos", "norm", "mlp", "dropout"},
     "gru": {
@@ -42,7 +43,7 @@ _OF_MODEL = {
 _OF_ORIGIN = (*FRESH, *sorted(set().union(*_OF_MODEL.values())))
 _POSITIVE = (
     "val_bytes", "block_size", "batch_size", "accumulate", "lr", "warmup", "max_steps",
-    "max_seconds", "eval_every", "eval_blocks", "save_every", "patience", "threads",
+    "max_seconds", "eval_every", "eval_blocks", "save_every", "patience", "threads", "lora", "lora_alpha",
 )  # fmt: skip
 
 
@@ -71,6 +72,14 @@ class TrainOptions:
         "folder of a run, a checkpoint, or a GPT-2 or Llama of the transformers library to go on from: "
         "its weights, sizes and tokenizer",
     )
+    lora: int | None = _option(
+        None, "rank of low-rank adapters (PEFT's LoRA), trained instead of the weights (with --init-from)"
+    )
+    lora_alpha: int | None = _option(None, "adapters count lora_alpha / lora-fold [default: twice the rank]")
+    lora_dropout: float | None = _option(None, "dropped share of what adapters read [default: 0]")
+    lora_targets: list[str] | None = _option(
+        None, "layers that get adapters [default: gpt c_attn c_proj c_fc; gru gru]"
+    )
     n_layer: int | None = _option(None, "layers")
     n_head: int | None = _option(None, "attention heads (gpt)")
     n_kv_head: int | None = _option(None, "key and value heads (gpt)")
@@ -92,7 +101,8 @@ class TrainOptions:
     )
     accumulate: int = _option(1, "passes in a step")
     lr: float | None = _option(
-        None, f"highest learning rate [default: 3e-3; with --init-from {FINE_TUNING['lr']:g}]"
+        None,
+        f"highest learning rate [default: 3e-3; with --init-from {FINE_TUNING['lr']:g}, with --lora {LORA['lr']:g}]",
     )
     min_lr: float = _option(0.02, "last learning rate, as a share of the highest")
     warmup: int = _option(50, "steps of linear warm-up")
@@ -124,6 +134,8 @@ class TrainOptions:
             self._fill(FRESH)
         self._check_ranges()
         self._check_combination()
+        if self.lora is not None:
+            self._fill(LORA | {"lora_alpha": 2 * self.lora})
         preset = FINE_TUNING if self.init_from is not None else PRESETS[self.model]
         self._fill({name: preset[name] for name in FINE_TUNING})
         if self.max_steps is None and self.max_seconds is None:
@@ -152,7 +164,18 @@ class TrainOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is of low-rank adapters: give lora, their rank, too")
+        elif self.init_from is None:
+            raise ValueError("lora needs init_from: adapters are trained for a model that is there")
+        elif self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+
     def _check_combination(self) -> None:
+        self._check_lora()
         if self.max_steps is not None and self.max_seconds is not None:
             raise ValueError("max_steps and max_seconds can't be given together")
         given = [name for name in _OF_ORIGIN if getattr(self, name) is not None]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fastlm import checkpoint
+from fastlm import checkpoint, lora
 from fastlm.data import (
     Corpus,
     evaluation_batches,
@@ -31,7 +31,7 @@ from fastlm.data import (
     training_batch,
     training_targets,
 )
-from fastlm.models import MODELS, LanguageModel, from_pretrained
+from fastlm.models import MODELS, LanguageModel
 from fastlm.options import PRESETS, TrainOptions
 from fastlm.processes import Alone, Lost, join
 from fastlm.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
 
 def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (biases, norms) don't."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -169,6 +169,9 @@ class Trainer:
         self.processes = processes or Alone()
         self.device = self.processes.device(options.device)
         self.offset, self.count = self.processes.share(options.batch_size)  # of the sequences of a pass
+        if options.lora is not None:
+            torch.manual_seed(options.seed)  # the first process has drawn more than the others
+            lora.adapt(model, options)
         self.model = model.train()
         self.wrapped = self.processes.wrap(self.model, options.parallel, self.device)
         self.optimizer = make_optimizer(self.model, options)
@@ -182,7 +185,7 @@ class Trainer:
 
     def save(self) -> None:
         processes = self.processes
-        weights = processes.gather(self.model.stored_tensors())
+        weights = processes.gather(checkpoint.trained_tensors(self.model))
         tensors = processes.gather(checkpoint.optimizer_tensors(self.model, self.optimizer))
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -221,9 +224,8 @@ class Trainer:
 
     def _load_weights(self, folder: Path, weights: dict | None) -> None:
         """Takes those that the first process read in ``folder``."""
-        places = dict(self.model.named_parameters(remove_duplicate=False))
-        weights = self.processes.spread(weights, places)
-        self.processes.every(lambda: self.model.load_tensors(weights, folder))
+        weights = self.processes.spread(weights, checkpoint.trained_tensors(self.model))
+        self.processes.every(lambda: checkpoint.load_trained(self.model, weights, folder))
 
     def final_loss(self) -> float:
         """Of the model that the run keeps, over the whole validation text."""
@@ -353,7 +355,7 @@ class Trainer:
         if options.patience is not None:
             if progress.best_loss is None or loss < progress.best_loss:
                 progress.best_loss, progress.bad_evaluations = loss, 0
-                weights = self.processes.gather(self.model.stored_tensors())
+                weights = self.processes.gather(checkpoint.trained_tensors(self.model))
                 self.processes.first(
                     lambda: self.run.save_best(progress.step, self.model, self.tokenizer, weights)
                 )
@@ -409,7 +411,15 @@ def start(
     parts = _parts(options, processes)
     record = dataclasses.asdict(options) | {"corpus": parts[0].key, "threads": torch.get_num_threads()}
     run = processes.first(lambda: checkpoint.Run.create(folder, record, overwrite))
+    _keep_base(options, run, processes, *parts[1:])
     return Trainer(options, *parts, run or checkpoint.Run(folder, locked=False), report, processes)
+
+
+def _keep_base(
+    options: TrainOptions, run, processes: Alone, tokenizer: Tokenizer, model: LanguageModel
+) -> None:
+    if options.lora is not None:
+        processes.first(lambda: run.save_base(model, tokenizer))
 
 
 def resume(
@@ -430,6 +440,8 @@ def resume(
     last = steps[-1] if steps else None
     corpus, tokenizer, model = _parts(options, processes, last)
     processes.every(lambda: _check_corpus(folder, corpus, key))
+    if last is None:
+        _keep_base(options, run, processes, tokenizer, model)
     trainer = Trainer(options, corpus, tokenizer, model, run, report, processes)
     if last is not None:
         trainer.load(last)
@@ -470,6 +482,8 @@ def _parts(
     else:
         described = processes.first(lambda: _describe(Path(origin), options.block_size))
         origin, kind, config, tokenizer = processes.tell(described)
+        if options.lora is not None:
+            processes.every(lambda: _check_adapters(kind, config, options))
     folder = processes.each_machine(
         lambda: (
             prepare(
@@ -487,9 +501,13 @@ def _parts(
     if kind is None:
         return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer))
     model = processes.every(lambda: kind(config))
-    if last is None:
-        read = processes.first(lambda: from_pretrained(origin).stored_tensors())
-        weights = processes.spread(read, {})
+    if last is None or options.lora is not None:  # else all of them are the checkpoint's
+
+        def read():
+            whole = origin if last is None else checkpoint.base_of(origin)
+            return checkpoint.load_model(whole)[0].stored_tensors()
+
+        weights = processes.spread(processes.first(read), {})
         processes.every(lambda: model.load_tensors(weights, origin))
     return corpus, tokenizer, model
 
@@ -502,6 +520,12 @@ def _describe(origin: Path, block_size: int):
     if limit is not None and block_size > limit:
         raise ValueError(f"{origin}: its context is {limit}, block_size is {block_size}")
     return folder, kind, config, tokenizer
+
+
+def _check_adapters(kind: type[LanguageModel], config, options: TrainOptions) -> None:
+    """``ValueError`` where such a model can't have them, before anything is read or written."""
+    with torch.device("meta"):
+        lora.adapt(kind(config), options)
 
 
 def _set_up(options: TrainOptions, processes: Alone) -> None:

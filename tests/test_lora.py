@@ -1,14 +1,24 @@
 """Low-rank adapters: PEFT on our models, and runs that train nothing else."""
 
 import copy
+import json
 import re
+import shutil
 
 import pytest
 import torch
 
 peft = pytest.importorskip("peft", reason="the adapters are its")
 
+from test_distributed import _train, call, check_alike  # noqa: E402, F401 - call is a fixture
+from test_distributed import pytestmark as needs_gloo  # noqa: E402
+from test_finetune import corpus, options, run, save_library_model, words  # noqa: E402, F401
+from test_finetune import tokens as byte_tokens  # noqa: E402
+
+from fastlm import checkpoint  # noqa: E402
 from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig  # noqa: E402
+from fastlm.tokenizer import ByteTokenizer  # noqa: E402
+from fastlm.train import resume, start  # noqa: E402
 
 V = 100
 KINDS = {
@@ -180,3 +190,144 @@ def test_adapters_of_the_librarys_head(first):
     assert gradients.keys() == truth.keys() and any("lm_head" in name for name in truth)
     for name, grad in truth.items():
         torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-5)
+
+
+# ---- runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def keep_threads(restore_threads):
+    """A trainer sets torch's thread count."""
+
+
+def save_origin(folder, kind: str):
+    """A model of bytes to begin from."""
+    torch.manual_seed(1)
+    model = (
+        GRULM(GRULMConfig(256, 16, 24, 1, dropout=0.0))
+        if kind == "gru"
+        else GPT(GPTConfig(256, 80, 16, 2, 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+    )
+    checkpoint.save_model(folder, model.eval(), ByteTokenizer())
+    return model
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gru"])
+def test_a_run_trains_adapters_alone_and_resumes_to_the_bit(options, tmp_path, kind):  # noqa: F811
+    base = save_origin(tmp_path / "origin", kind)
+    given = options(init_from=str(tmp_path / "origin"), lora=2, lora_dropout=0.2 if kind == "gpt" else 0.0)
+    assert (given.lora_alpha, given.lr) == (4, 1e-2)
+    trainer = start(given, tmp_path / "whole")
+    state = {id(p) for p in trainer.optimizer.state} | {
+        id(p) for group in trainer.optimizer.param_groups for p in group["params"]
+    }
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert state == {id(p) for p in trained.values()} and all("lora_" in n for n in trained)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    for name, p in trainer.model.named_parameters():
+        assert name in trained or torch.equal(p, frozen[name]), name
+    shutil.rmtree(tmp_path / "origin")
+
+    # Killed after step 3, behind whose checkpoint it wrote two lines.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed/checkpoints/step-6")
+    again = resume(tmp_path / "killed")
+    assert again.progress.step == 3
+    again.train()
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    a, b = (checkpoint.load_weights(tmp_path / name) for name in ("killed", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    # The model of the run is the merged one, PEFT's own reading of the folder the same.
+    idx = byte_tokens()
+    merged, _ = checkpoint.load_model(tmp_path / "whole")
+    expected = trainer.model.eval()(idx)
+    torch.testing.assert_close(merged(idx), expected, rtol=1e-4, atol=1e-5)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "whole/checkpoints/step-6")
+    torch.testing.assert_close(theirs(idx), expected)
+    assert not (tmp_path / "whole/checkpoints/step-6/model.safetensors").exists()
+
+
+def test_a_run_goes_on_from_merged_adapters(options, run, tmp_path):  # noqa: F811
+    save_origin(tmp_path / "origin", "gpt")
+    common = {"lora": 2, "max_steps": 3, "lr": 0.1}
+    start(options(init_from=str(tmp_path / "origin"), **common), tmp_path / "first").train()
+    merged, _ = checkpoint.load_model(tmp_path / "first")
+    trainer = start(options(init_from=str(tmp_path / "first"), **common), tmp_path / "second")
+    idx = byte_tokens()
+    torch.testing.assert_close(trainer.model.eval()(idx), merged(idx))  # new adapters change nothing yet
+    assert (merged(idx) - checkpoint.load_model(tmp_path / "first/base")[0](idx)).abs().max() > 1e-3
+    trainer.train()
+    for command in ("evaluate second", "generate second line --max-new-tokens 3"):
+        status, output, errors = run(command)
+        assert status == 0 and output, errors
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--init-from gpt --lora 2 --lora-targets c_attn nope", "no layer 'nope' to adapt here, but c_attn, c_fc, c_proj, lm_head, wpe, wte"),
+        ("--init-from gpt --lora 2 --lora-targets wte", "'wte' shares its weight with another layer"),
+        ("--init-from gru --lora 2 --lora-dropout 0.1", "LoRA of a GRU: lora_dropout must be 0.0, got 0.1"),
+        ("--init-from gpt --lora 0", "lora must be positive, got 0"),
+        ("--init-from gpt --lora 2 --lora-dropout 1", "lora_dropout must be in [0, 1), got 1.0"),
+        ("--init-from gpt --lora-alpha 2", "lora_alpha is of low-rank adapters: give lora, their rank, too"),
+        ("--lora 2", "lora needs init_from"),
+    ],
+    ids=["target", "tied", "gru-dropout", "rank", "dropout", "alpha", "no-origin"],
+)  # fmt: skip
+def test_bad_options(run, tmp_path, corpus, given, message):  # noqa: F811
+    for kind in ("gpt", "gru"):
+        save_origin(tmp_path / kind, kind)
+    status, _, errors = run(
+        f"train {given} --data corpus.txt --cache cache --no-tensorboard --block-size 16 --out r"
+    )
+    assert status == 2 and message in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "r").exists()
+
+
+def test_damaged_adapters(options, tmp_path):  # noqa: F811
+    save_origin(tmp_path / "origin", "gpt")
+    start(options(init_from=str(tmp_path / "origin"), lora=2, max_steps=1), tmp_path / "run").train()
+    step = tmp_path / "run/checkpoints/step-1"
+    weights, config = (step / "adapter_model.safetensors").read_bytes(), json.loads((step / "adapter_config.json").read_text())  # fmt: skip
+    for name, content, message in (
+        ("adapter_model.safetensors", weights[:-9], "damaged or not a safetensors file"),
+        ("adapter_config.json", "{", "adapter_config.json: damaged"),
+        ("adapter_config.json", json.dumps(config | {"r": 3}), "not an adapter of this model: base_model.model"),
+        ("adapter_config.json", json.dumps(config | {"target_modules": ["x"]}), "not adapters of this model"),
+        ("adapter_config.json", json.dumps(config | {"base_model_name_or_path": "x"}), "the adapters' model, 'x', is no folder here"),
+    ):  # fmt: skip
+        before = (step / name).read_bytes()
+        (step / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_model(tmp_path / "run")
+        (step / name).write_bytes(before)
+    checkpoint.load_model(tmp_path / "run")
+
+
+@needs_gloo
+def test_two_processes_train_the_same_adapters(call, options, tmp_path):  # noqa: F811
+    runs = []
+    for kind in ("gpt", "gru"):
+        save_origin(tmp_path / kind, kind)
+        for parallel in ("ddp", "fsdp"):
+            given = options(init_from=str(tmp_path / kind), lora=2, accumulate=2, parallel=parallel)
+            runs.append((given, str(tmp_path / f"{kind}-{parallel}")))
+    call(2, _train, runs)
+    for kind in ("gpt", "gru"):
+        alone = tmp_path / f"{kind}-alone"
+        start(options(init_from=str(tmp_path / kind), lora=2, accumulate=2), alone).train()
+        for parallel in ("ddp", "fsdp"):
+            check_alike(tmp_path / f"{kind}-{parallel}", alone, rtol=1e-3)
+    shutil.rmtree(tmp_path / "gru-fsdp/checkpoints/step-6")
+    trainer = resume(tmp_path / "gru-fsdp")
+    trainer.train()
+    check_alike(tmp_path / "gru-fsdp", tmp_path / "gru-alone", rtol=1e-3)

@@ -140,12 +140,13 @@ class GRUAdapter(nn.Module, LoraLayer):
             self._add(self.merged_adapters.pop(), -1)
 
 
+ADAPTERS = {Conv1D: Conv1DAdapter, fastlm.nn.GRU: GRUAdapter}
 _post_init = LoraConfig.__post_init__
 
 
 def _know_ours(config: LoraConfig) -> None:
     _post_init(config)
-    config._register_custom_module({Conv1D: Conv1DAdapter, fastlm.nn.GRU: GRUAdapter})
+    config._register_custom_module(ADAPTERS)
 
 
 LoraConfig.__post_init__ = _know_ours

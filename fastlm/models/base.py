@@ -16,14 +16,15 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files, as the transformers library writes them
 
 
-class LanguageModel(nn.Module):
-    """A model of the next token. Subclasses define ``config_class``, ``forward``, ``prefill`` and
-    ``decode`` (see ``fastlm/generate.py``) and put their config, a dataclass, in
-    ``self.config``."""
+class Model(nn.Module):
+    """What is saved and loaded as a folder. Subclasses define ``config_class`` and put their config, a
+    dataclass, in ``self.config``."""
 
     config_class: type
     model_type: str
-    max_length: int | None = None
+    max_length: int | None = None  # tokens of a sequence
+    lora_targets: tuple[str, ...] = ()  # layers that get low-rank adapters where none are named
+    new_layers: tuple[str, ...] = ()  # those that are trained beside adapters
 
     def num_params(self, embeddings: bool = True) -> int:
         """Number of parameters, shared ones counted once; without ``embeddings``, those of the
@@ -32,14 +33,6 @@ class LanguageModel(nn.Module):
         if not embeddings:
             total -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         return total
-
-    def generate(self, prompts, max_new_tokens: int, **options) -> list[list[int]]:
-        """New tokens for each row of ``prompts``; see :func:`fastlm.generate.stream`."""
-        return decoding.generate(self, prompts, max_new_tokens, **options)
-
-    def stream(self, prompts, max_new_tokens: int, **options):
-        """Like :meth:`generate`, yielding a step at a time."""
-        return decoding.stream(self, prompts, max_new_tokens, **options)
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The state dict, with a tied weight once."""
@@ -64,7 +57,7 @@ class LanguageModel(nn.Module):
         write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "LanguageModel":
+    def from_pretrained(cls, folder: str | os.PathLike) -> "Model":
         """Loads what :meth:`save_pretrained` wrote. ``ValueError`` where a file is missing, damaged
         or of another model."""
         config = read_config(folder)
@@ -94,6 +87,19 @@ class LanguageModel(nn.Module):
             first, *rest = (line.strip() for line in str(error).splitlines()[1:])
             more = f", and {len(rest)} more" if rest else ""
             raise ValueError(f"{path}: not a checkpoint of this model: {first[:200]}{more}") from None
+
+
+class LanguageModel(Model):
+    """A model of the next token. Subclasses define ``forward``, ``prefill`` and ``decode`` (see
+    ``fastlm/generate.py``)."""
+
+    def generate(self, prompts, max_new_tokens: int, **options) -> list[list[int]]:
+        """New tokens for each row of ``prompts``; see :func:`fastlm.generate.stream`."""
+        return decoding.generate(self, prompts, max_new_tokens, **options)
+
+    def stream(self, prompts, max_new_tokens: int, **options):
+        """Like :meth:`generate`, yielding a step at a time."""
+        return decoding.stream(self, prompts, max_new_tokens, **options)
 
 
 def write_file(path: Path, content: bytes) -> None:

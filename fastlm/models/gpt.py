@@ -232,6 +232,7 @@ class GPT(LanguageModel):
 
     config_class = GPTConfig
     model_type = "gpt"
+    lora_targets = ("c_attn", "c_proj", "c_fc")
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -61,6 +61,7 @@ class GRULM(LanguageModel):
 
     config_class = GRULMConfig
     model_type = "gru"
+    lora_targets = ("gru",)
 
     def __init__(self, config: GRULMConfig):
         super().__init__()
