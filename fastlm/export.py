@@ -51,7 +51,7 @@ def _is(config: GPTConfig, parts: dict) -> bool:
 def _gpt2(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
     """Its own names; where GPT has no biases, GPT-2's are zeros."""
     config, tensors = model.config, model.stored_tensors()
-    ours = {"bias", "n_kv_head", "rope_theta", *_GPT2}
+    ours = {"bias", "n_kv_head", "rope_theta", "rope_scaling", *_GPT2}
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in ours}
     values |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
     if not config.bias:

@@ -120,6 +120,16 @@ def close(trainer):
 
 # ---- Llama's names and values -----------------------------------------------------------------
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+# Of a head's four frequencies with theta 50, the first stays, the last is divided, two are in between.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -128,8 +138,10 @@ def close(trainer):
         {"num_key_value_heads": 4, "tie_word_embeddings": True},
         {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1},
+        {"rope_parameters": {"rope_theta": 50.0, **LINEAR}},
+        {"rope_parameters": {"rope_theta": 50.0, **LLAMA3}},
     ],
-    ids=["grouped", "tied", "biases", "theta-and-eps"],
+    ids=["grouped", "tied", "biases", "theta-and-eps", "linear-positions", "llama3-positions"],
 )
 def test_llama(hf, tmp_path, changes):
     theirs = library_model(hf, "llama", **changes)
@@ -173,7 +185,11 @@ def test_llama_body_loads(hf):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' isn't supported, only 'silu'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type 'llama3' isn't supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_type 'yarn' isn't supported, only 'default', 'linear', 'llama3'",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope_scaling must be a number > 0, got None"),
         ({"head_dim": 16}, "head_dim 16 isn't supported, only hidden_size / num_attention_heads, 8"),
         ({"attention_bias": True}, "mlp_bias False isn't supported, only that of attention_bias, True"),
         ({"hidden_size": None}, "hidden_size must be a whole number, got None"),
@@ -489,7 +505,7 @@ LIKE_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2}
     [
         {"layer_norm_epsilon": 0.1},
         {"bias": False, "tie_word_embeddings": False},
-        {**LIKE_LLAMA, "bias": False, "rope_theta": 300.0},
+        {**LIKE_LLAMA, "bias": False, "rope_theta": 300.0, "rope_scaling": LLAMA3},
         {**LIKE_LLAMA, "tie_word_embeddings": False, "layer_norm_epsilon": 0.1},
     ],
     ids=["gpt2", "gpt2-without-biases", "llama", "llama-with-biases"],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig, from_pretrained
-from fastlm.models.gpt import rope_tables, rotate
+from fastlm.models.rope import rope_tables, rotate
 
 V = 61
 
@@ -257,6 +257,22 @@ def test_bad_checkpoints(tmp_path):
         ({"attn_pdrop": 1.0}, r"attn_pdrop must be in \[0, 1\), got 1.0"),
         ({"pos": "alibi"}, "pos must be one of .*, got 'alibi'"),
         ({"n_embd": 60, "pos": "rope"}, "RoPE needs an even head size, got 15"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2}},
+            "rope_scaling needs pos='rope', got 'learned'",
+        ),
+        (
+            {"pos": "rope", "rope_scaling": {"rope_type": "yarn"}},
+            "needs a rope_type of .*'llama3'.*, got .*'yarn'",
+        ),
+        (
+            {"pos": "rope", "rope_scaling": {"rope_type": "linear", "by": 2}},
+            "'linear' is by factor, got .*'by'",
+        ),
+        (
+            {"pos": "rope", "rope_scaling": {"rope_type": "linear", "factor": 0}},
+            "factor .* must be a number > 0, got 0",
+        ),
     ],
 )
 def test_bad_gpt_config(options, message):

@@ -7,8 +7,7 @@ no T x T matrix and, in training, no (tokens x vocabulary) matrix of logits is e
 
 Dimensions: B batch, T time, C width (n_embd), H heads, D head size (C / H), V vocabulary.
 
-Sources: Radford et al. 2019 (GPT-2); Su et al. 2021, arXiv:2104.09864, section 3.4 (RoPE); Zhang
-and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Shazeer 2020, arXiv:2002.05202 (SwiGLU); Ainslie et
+Sources: Radford et al. 2019 (GPT-2); Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Shazeer 2020, arXiv:2002.05202 (SwiGLU); Ainslie et
 al. 2023, arXiv:2305.13245 (GQA)."""
 
 import math
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fastlm import functional as fused
 from fastlm.models import llama
 from fastlm.models.base import LanguageModel, check_tokens, head_loss
+from fastlm.models.rope import check_scaling, rope_tables, rotate
 from fastlm.nn import Linear
 
 
@@ -44,6 +44,7 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorm
     pos: str = "learned"  # or "rope"
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # for longer contexts, see rope.py
     norm: str = "layernorm"  # or "rmsnorm"
     mlp: str = "gelu"  # or "swiglu"
     tie_word_embeddings: bool = True
@@ -88,6 +89,10 @@ class GPTConfig:
             )
         if self.pos == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"GPTConfig: RoPE needs an even head size, got {self.n_embd // self.n_head}")
+        if self.rope_scaling is not None:
+            if self.pos != "rope":
+                raise ValueError(f"GPTConfig: rope_scaling needs pos='rope', got {self.pos!r}")
+            check_scaling(self.rope_scaling)
 
 
 class KVCache:
@@ -144,12 +149,6 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
     return nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in its half-split form: x (B, H, T, D), cos and sin (T, D/2) or (B, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
@@ -324,14 +323,6 @@ class GPT(LanguageModel):
         if not values.get("scale_attn_weights", True):
             raise ValueError("GPT: a config without scale_attn_weights isn't supported")
         return super().config_from_dict(values)
-
-
-def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/D): two (n_positions, D/2) of float32."""
-    D = config.n_embd // config.n_head
-    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angle = torch.arange(config.n_positions, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
 
 
 def _accept_their_names(model: GPT, state_dict: dict, prefix: str, *unused) -> None:

@@ -13,6 +13,8 @@ import re
 import torch
 from torch import Tensor
 
+from fastlm.models.rope import SCALINGS
+
 # GPT's parameter of a block, and Llama's that it is made of.
 _BLOCK = {
     "ln_1": ("input_layernorm",),
@@ -49,8 +51,13 @@ def gpt_values(values: dict) -> dict:
         refuse("hidden_act", activation, "'silu'")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse("rope_type", kind, "'default'")
+    scaling = None
+    if kind in SCALINGS:
+        length = {"original_max_position_embeddings": values.get("max_position_embeddings", 2048)}
+        known = length | rope
+        scaling = {"rope_type": kind} | {name: known.get(name) for name in SCALINGS[kind]}
+    elif kind != "default":
+        refuse("rope_type", kind, ", ".join(map(repr, ("default", *SCALINGS))))
     if rope.get("partial_rotary_factor", 1.0) != 1:
         refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1")
     H, head = values["num_attention_heads"], values.get("head_dim")
@@ -75,6 +82,7 @@ def gpt_values(values: dict) -> dict:
         "bias": bias,
         "pos": "rope",
         "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        "rope_scaling": scaling,
         "norm": "rmsnorm",
         "mlp": "swiglu",
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
@@ -121,7 +129,8 @@ def llama_values(config) -> dict:
         "mlp_bias": config.bias,
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}
+        | (config.rope_scaling or {}),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
 
