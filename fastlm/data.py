@@ -317,25 +317,25 @@ def predicted(split: np.ndarray | Examples) -> int:
     return int(split.answers.sum()) if isinstance(split, Examples) else len(split) - 1
 
 
-def training_targets(split: np.ndarray | Examples, block_size: int, count: int, first: int, seed: int) -> int:
-    """How many targets ``count`` samples of the training order have, from ``first`` on."""
+def training_targets(split: np.ndarray | Examples, block_size: int, step: int, size: int, seed: int) -> int:
+    """How many targets the step after ``step`` others has, of ``size`` samples."""
     if isinstance(split, Examples):
-        return int(split.counts(block_size)[split.order(count, first, seed)].sum())
-    return count * block_size
+        return int(split.counts(block_size)[split.order(size, step * size, seed, size)].sum())
+    return size * block_size
 
 
 def training_batch(
-    split: np.ndarray | Examples, block_size: int, batch_size: int, first: int, seed: int
+    split: np.ndarray | Examples, block_size: int, batch_size: int, first: int, seed: int, step: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Samples ``first`` to ``first + batch_size - 1`` of the endless training order, as inputs and
     targets (batch_size, block_size) of int64; of examples, as long as the longest of them, at most
-    ``block_size``.
+    ``block_size``, where each ``step`` samples are of like length.
 
     Each epoch cuts the text into blocks from another offset and takes them in another order. The
     order is a function of ``seed`` and the sample's number alone: to resume there is no state to
     restore."""
     if isinstance(split, Examples):
-        return split.rows(split.order(batch_size, first, seed), block_size)
+        return split.rows(split.order(batch_size, first, seed, step), block_size)
     per_epoch = max(1, (len(split) - block_size) // block_size)
     starts = np.empty(batch_size, np.int64)
     for i in range(batch_size):

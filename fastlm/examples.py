@@ -8,7 +8,7 @@ writes when it is given the prompt. A conversation is one prompt, in which each 
 `<|ROLE|>`, and an end-of-text token after each of the assistant's. The targets are the answers' tokens, their
 end-of-text included.
 
-A batch holds one example a row, padded on the right to its longest. Causal attention and a recurrence then
+A batch holds one example a row, padded on the right to its longest; examples of like length come together. Causal attention and a recurrence then
 keep an example to itself without a mask; packed rows would need both a mask and a reset of positions and
 states, which the models don't have. What is longer than a block is cut at its end.
 """
@@ -30,6 +30,7 @@ from fastlm.tokenizer import Tokenizer
 SUFFIX = ".jsonl"
 IGNORED = -100  # a target that doesn't count
 ROLES = ("system", "user", "assistant")
+POOL = 50  # steps of which the examples are sorted together, or a quarter of an epoch's
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,34 @@ class Examples:
             bounds = bounds[:-1]
         return np.add.reduceat(self.answers, bounds, dtype=np.int64)[::2]
 
-    def order(self, count: int, first: int, seed: int) -> np.ndarray:
-        """Samples ``first`` to ``first + count - 1`` of the endless order, (count,)."""
+    def order(self, count: int, first: int, seed: int, step: int = 1) -> np.ndarray:
+        """Samples ``first`` to ``first + count - 1`` of the endless order, (count,). Those of a step, of ``step``
+        samples from a multiple of it on, are of like length, the shortest first."""
         n = len(self.starts) - 1
         samples = range(first, first + count)
-        return np.array([_permutation(n, i // n, seed)[i % n] for i in samples], np.int64)
+        return np.array([self._epoch(i // n, seed, step)[i % n] for i in samples], np.int64)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a program has one corpus or two
+    def _epoch(self, epoch: int, seed: int, step: int) -> np.ndarray:
+        """A permutation, of which pools of some steps are sorted by length, cut into steps and these shuffled.
+        Samples of a step that two epochs share stay as they are."""
+        n = len(self.starts) - 1
+        random = np.random.default_rng([seed, epoch])
+        order = random.permutation(n)
+        begin = -epoch * n % step
+        whole = (n - begin) // step
+        if step == 1 or whole < 1:
+            return order
+        body = order[begin : begin + whole * step]
+        pool = max(1, min(POOL, whole // 4)) * step
+        for i in range(0, len(body), pool):
+            body[i : i + pool] = self._by_length(body[i : i + pool])
+        body[:] = random.permutation(body.reshape(whole, step)).ravel()
+        return order
+
+    def _by_length(self, chosen: np.ndarray) -> np.ndarray:
+        lengths = self.starts[chosen + 1] - self.starts[chosen]
+        return chosen[lengths.argsort(kind="stable")]
 
     def rows(self, chosen: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of int64 of the examples ``chosen`` (B,); -1: a row without targets."""
@@ -212,14 +236,9 @@ class Examples:
         chosen = np.arange(n)
         if limit is not None and limit < n:
             chosen = np.arange(limit) * n // limit
-        chosen = np.pad(chosen, (0, -len(chosen) % parts), constant_values=-1)[k::parts]
+        chosen = np.pad(self._by_length(chosen), (0, -len(chosen) % parts), constant_values=-1)[k::parts]
         for i in range(0, len(chosen), batch_size):
             yield self.rows(chosen[i : i + batch_size], block_size)
-
-
-@lru_cache(maxsize=2)
-def _permutation(n: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def encode_examples(found: Iterable[Example], tokenizer: Tokenizer) -> tuple[Examples, np.ndarray]:

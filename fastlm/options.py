@@ -141,6 +141,11 @@ class TrainOptions:
         if self.max_steps is None and self.max_seconds is None:
             self.max_seconds = DEFAULT_SECONDS
 
+    @property
+    def step_size(self) -> int:
+        """Sequences of a step, over its passes and processes."""
+        return self.batch_size * self.accumulate
+
     def _fill(self, defaults: dict) -> None:
         for name, value in defaults.items():
             if getattr(self, name) is None:

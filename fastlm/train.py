@@ -317,16 +317,17 @@ class Trainer:
     def targets(self, step: int) -> int:
         """How many the step after ``step`` others has, over its passes and processes."""
         options = self.options
-        count = options.accumulate * options.batch_size
-        return training_targets(self.corpus.train, options.block_size, count, step * count, options.seed)
+        return training_targets(self.corpus.train, options.block_size, step, options.step_size, options.seed)
 
     def _accumulate_gradients(self) -> float:
         options, processes, total = self.options, self.processes, 0.0
         processes.seed(options.seed, self.progress.step)
         targets = self.targets(self.progress.step)
         for i in range(options.accumulate):
-            first = (self.progress.step * options.accumulate + i) * options.batch_size + self.offset
-            batch = training_batch(self.corpus.train, options.block_size, self.count, first, options.seed)
+            first = self.progress.step * options.step_size + i * options.batch_size + self.offset
+            batch = training_batch(
+                self.corpus.train, options.block_size, self.count, first, options.seed, options.step_size
+            )
             # Gradients are means over the processes, of means over the targets of a pass.
             share = processes.size * int((batch[1] >= 0).sum()) / targets
             batch = [t.to(self.device) for t in batch]

@@ -12,6 +12,7 @@ from test_distributed import _train, call, check_alike  # noqa: F401 - call is a
 from test_distributed import pytestmark as needs_gloo
 
 from fastlm import checkpoint, cli, data
+from fastlm.examples import Examples
 from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig, from_pretrained
 from fastlm.tokenizer import ByteTokenizer, FileTokenizer
 from fastlm.train import TrainOptions, evaluate, resume, start
@@ -389,7 +390,40 @@ def test_an_epoch_takes_each_example_once(tmp_path):
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len({*map(tuple, orders)}) > 1
     assert split.order(9, 4, 3).tolist() == (orders[0] + orders[1])[4:13]
-    assert data.training_targets(split, 64, 21, 0, 3) == 3 * data.predicted(split)
+    assert data.training_targets(split, 64, 0, 21, 3) == 3 * data.predicted(split)
+
+
+@pytest.mark.parametrize(("n", "step"), [(1000, 8), (997, 12), (5, 4), (3, 8), (40, 8), (64, 1)])
+def test_a_steps_examples_are_of_like_length(tmp_path, n, step):
+    lengths = np.random.default_rng(0).lognormal(3, 0.8, n).astype(int) + 2
+    starts = np.concatenate([[0], lengths.cumsum()])
+    split = Examples(np.zeros(starts[-1], np.uint8), np.ones(starts[-1], bool), starts)
+    order = split.order(3 * n, 0, 7, step)
+    for epoch in order.reshape(3, n):
+        assert sorted(epoch) == list(range(n))
+    assert not np.array_equal(order[:n], order[n : 2 * n]) or n < 6
+    for first, count in ((0, step), (n - 1, 4), (2 * n - 3, 3)):  # whatever part is asked for
+        assert np.array_equal(split.order(count, first, 7, step), order[first : first + count])
+    if n < 900:
+        return
+
+    def padding(order):
+        rows = lengths[order][: len(order) // step * step].reshape(-1, step)
+        return 1 - rows.mean() / rows.max(1).mean()
+
+    assert padding(order) < 0.3 * padding(split.order(3 * n, 0, 7))
+    firsts = lengths[order[:n]].reshape(-1, step) if n % step == 0 else None
+    if firsts is not None:  # steps of all lengths all the time, no curriculum
+        half = len(firsts) // 2
+        assert 0.7 < firsts[:half].mean() / firsts[half:].mean() < 1.4
+
+
+def test_evaluations_take_examples_by_length(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", *({"prompt": "", "response": "a" * (1 + i * 7 % 50)} for i in range(50)))  # fmt: skip
+    split, _ = data.encode_all([path], ByteTokenizer())
+    for part in ((0, 1), (1, 2)):
+        rows = [(targets >= 0).sum(1) for _, targets in data.evaluation_batches(split, 99, 5, None, part)]
+        assert torch.equal(torch.cat(rows), torch.cat(rows).sort().values)
 
 
 def test_examples_need_a_line_each(tmp_path):
