@@ -5,6 +5,9 @@
 #                                   with PYTHON=, a Python that has torch, triton and pytest: needs no network
 # make cuda-targets [ARGS=sm_80]    compile the CUDA kernels for every GPU they are for, here or not, and print what
 #                                   became of them; needs nvcc
+# make wheels [TORCHES="2.13.0"]    build a source distribution and wheels, into dist/, with the CUDA kernels where nvcc
+#                                   is (for the GPUs of FASTLM_CUDA_ARCHS="80;90": all of them take half an hour), and
+#                                   try them with these versions of torch, from TORCH_INDEX, or those of Pythons here
 # make docs                         build the documentation, into build/docs; a broken link or reference fails
 # make fuzz [ARGS="--minutes 10"]   random calls of every operator, right and wrong ones
 # make soak [ARGS="--minutes 60"]   train for so long in one process, whose memory must stay flat
@@ -19,7 +22,7 @@ LIBRARY := .venv/.library
 DOCS := .venv/.docs
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup train test bench gpu-check cuda-targets docs fuzz soak sanitize lint clean
+.PHONY: setup train test bench gpu-check cuda-targets wheels docs fuzz soak sanitize lint clean
 
 setup: $(LIBRARY)
 
@@ -60,6 +63,12 @@ gpu-check:
 
 cuda-targets: setup
 	$(PY) tests/cuda_targets.py $(ARGS)
+
+# The oldest torch that fastlm is for, and the one that it was tested with.
+TORCHES ?= 2.10.0 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+wheels: setup
+	$(PY) tests/wheels.py --index $(TORCH_INDEX) $(TORCHES)
 
 # The documentation is read from the sources: nothing of it is imported.
 docs: $(DOCS)

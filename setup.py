@@ -183,6 +183,11 @@ def environment_flags(name):
     return shlex.split(os.environ.get(name, ""))
 
 
+def short_paths(torch_root):
+    """Flags that leave this machine's folders out of error messages."""
+    return [f"-fmacro-prefix-map={folder}/=" for folder in (ROOT, torch_root / "include")]
+
+
 def cpu_rules(output):
     torch = find_torch()
     root = Path(torch.__file__).parent
@@ -201,7 +206,7 @@ def cpu_rules(output):
         "-Wno-unknown-pragmas", "-DNDEBUG", *environment_flags("CXXFLAGS"),
     ]  # fmt: skip
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *environment_flags("LDFLAGS")]
-    includes = [f"-I{CSRC}", f"-isystem{root / 'include'}"]
+    includes = [f"-I{CSRC}", f"-isystem{root / 'include'}", *short_paths(root)]
     bindings = [f"-D{key}={value}" for key, value in facts.items()]
     lines = [
         f"cxx = {quote(compiler)}",
@@ -250,7 +255,7 @@ def cuda_rules(nvcc, output=None, names="*"):
     flags = [
         "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DFASTLM_CUDA_ARCHS="{";".join(archs)}"', f"-I{CSRC}", f"-isystem={root / 'include'}",
-        *host(["-fPIC", "-fvisibility=hidden", *environment_flags("CXXFLAGS")]),
+        *host(["-fPIC", "-fvisibility=hidden", *short_paths(root), *environment_flags("CXXFLAGS")]),
         *codes, f"--threads={max(1, min(jobs // len(sources), len(archs)))}",
     ]  # fmt: skip
     link = [
@@ -326,11 +331,12 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    license="MIT",
-    ext_modules=[
-        Extension("fastlm.libfastlm", sources=[]),
-        Extension("fastlm.libfastlm_cuda", sources=[], optional=True),  # optional: not in every build
-    ],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "cuda_code": CudaCode},
-)
+if __name__ == "__main__":
+    setup(
+        license="MIT",
+        ext_modules=[
+            Extension("fastlm.libfastlm", sources=[]),
+            Extension("fastlm.libfastlm_cuda", sources=[], optional=True),  # optional: not in every build
+        ],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "cuda_code": CudaCode},
+    )

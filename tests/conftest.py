@@ -36,6 +36,7 @@ NEEDS = {
     "test_transformers.py": ("accelerate", "peft", "transformers"),
     "test_triton.py": ("triton",),
     "test_triton_targets.py": ("triton",),
+    "test_wheels.py": ("auditwheel", "ninja"),
 }
 
 
