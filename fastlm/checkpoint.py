@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from fastlm import lora
+from fastlm.files import leftovers, naming, read_json, write_file
 from fastlm.models import from_pretrained, model_class, read_config
-from fastlm.models.base import WEIGHTS, Model, read_tensors, write_file, write_tensors
+from fastlm.models.base import WEIGHTS, Model, read_tensors, write_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 KEPT = 2
@@ -52,6 +53,8 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{folder}: another process is training there") from None
+        for leftover in leftovers(folder):
+            leftover.unlink()
 
     @classmethod
     def create(cls, folder: Path, options: dict, overwrite: bool = False) -> "Run":
@@ -108,9 +111,14 @@ class Run:
         for leftover in parent.glob(".*"):  # of a run that was killed here
             shutil.rmtree(leftover)
         temporary, target = parent / f".step-{step}", parent / f"step-{step}"
-        temporary.mkdir()
-        write(temporary)
-        _sync(temporary)
+        try:
+            with naming(temporary):
+                temporary.mkdir()
+            write(temporary)
+            _sync(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # else half a checkpoint stays on a full disk
+            raise
         if target.exists():  # the same step, come to again after a kill
             os.rename(target, parent / f".old-{step}")
         os.rename(temporary, target)
@@ -123,7 +131,7 @@ class Run:
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """``ValueError`` unless a run can begin in ``folder``."""
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+    if not folder.exists() or folder.is_dir() and not set(folder.iterdir()) - set(leftovers(folder)):
         return
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder}: exists and is not a run of fastlm train; choose another --out")
@@ -139,11 +147,9 @@ def read_options(folder: Path) -> dict:
 
 def _read_json(path: Path, missing: str) -> dict:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         raise ValueError(missing) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
 
 
 def list_steps(parent: Path) -> list[Path]:
@@ -219,6 +225,8 @@ def describe(folder: str | os.PathLike) -> tuple[type[Model], object, Tokenizer]
         if not (folder / TOKENIZER_FILE).is_file():
             raise ValueError(f"{folder}: no tokenizer here ({TOKENIZER_FILE} is missing)")
         spec = TOKENIZER_FILE
+    elif spec not in ("bytes", TOKENIZER_FILE) and not str(spec).startswith("tiktoken:"):
+        raise ValueError(f"{folder}: names a tokenizer outside of the folder, {spec!r}")
     model = model_class(folder)
     end = values.get("eos_token_id")
     if isinstance(end, list):  # the first ends a text, others a turn of a conversation

@@ -54,7 +54,8 @@ def main() -> None:
                 sys.exit(2)
             message = error.format_message() or "no command given"
         elif isinstance(error, (ValueError, OSError, Lost)):
-            message = " ".join(str(error).split())
+            named = isinstance(error, OSError) and error.filename is not None
+            message = f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())
         else:
             raise
         print(f"fastlm: error: {message}", file=sys.stderr, flush=True)
@@ -318,9 +319,11 @@ def evaluate(
     start = time.perf_counter()
     loss = training.evaluate(loaded.to(device), tokens, block_size, batch_size)
     seconds = time.perf_counter() - start
+    if not math.isfinite(loss):
+        raise ValueError(f"{model}: its loss is {loss}: the model has diverged")
     for name, value in (
         ("loss", f"{loss:.4f} nats/token"),
-        ("perplexity", f"{math.exp(loss):.4f}"),
+        ("perplexity", f"{math.exp(min(loss, 700)):.4f}"),
         ("bits per byte", f"{bits_per_byte(loss, tokens, text):.4f}"),
         ("text", f"{len(text):,} bytes, {data.predicted(tokens):,} tokens"),
         ("speed", f"{data.predicted(tokens) / seconds:,.0f} tokens/s"),

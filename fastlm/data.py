@@ -6,12 +6,15 @@ the text is predicted from something. Encoded splits are kept in a cache folder 
 all that they depend on; a folder appears there whole or not at all. Examples with answers are
 :mod:`fastlm.examples`."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,9 +26,11 @@ from torch import Tensor
 
 from fastlm import examples
 from fastlm.examples import IGNORED, Examples
+from fastlm.files import naming, write_file
 from fastlm.tokenizer import ByteTokenizer, Tokenizer
 
 FORMAT = 1  # of the cache's folders
+_BUILDING = ".building-"
 MAX_VALIDATION = 128 * 1024  # bytes, unless asked for more
 # Left out of the default corpus: what isn't library code, generated tables, and tests of a build.
 _NOT_LIBRARY = {
@@ -241,14 +246,19 @@ def _build(
     folder: Path, tokenizer: Tokenizer, splits, write: Callable[..., dict[str, int]], **meta: bool
 ) -> None:
     """Writes the token files beside ``folder``, then moves them there in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    with naming(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent))
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         meta["dtype"] = np.dtype(dtype).name
-        for name, split in zip(("train", "val"), splits, strict=True):
-            meta[name] = write(temporary / name, split, tokenizer, dtype)
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        with naming(folder):
+            for name, split in zip(("train", "val"), splits, strict=True):
+                meta[name] = write(temporary / name, split, tokenizer, dtype)
+            write_file(temporary / "meta.json", json.dumps(meta).encode())
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
         try:
@@ -257,7 +267,22 @@ def _build(
             if not _is_whole(folder):
                 raise
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Half a corpus that a process was killed over: nobody holds its lock. One that has just been begun may not
+    be locked yet."""
+    for folder in cache.glob(f"{_BUILDING}*"):
+        with contextlib.suppress(OSError):  # another process removes it, or finishes it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - folder.stat().st_mtime > 60:
+                    shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def _write_split(stem: Path, texts: Iterator[str], tokenizer: Tokenizer, dtype) -> dict[str, int]:
@@ -265,11 +290,11 @@ def _write_split(stem: Path, texts: Iterator[str], tokenizer: Tokenizer, dtype) 
     keep_text = not isinstance(tokenizer, ByteTokenizer)  # else the tokens are the text
     sizes = {}
     with open(f"{stem}.tokens", "wb") as tokens, open(f"{stem}.text", "wb") as raw:
-        end.tofile(tokens)
+        tokens.write(end)
         for text in texts:
             if text:
-                tokenizer.encode(text).astype(dtype).tofile(tokens)
-                end.tofile(tokens)
+                tokens.write(tokenizer.encode(text).astype(dtype))
+                tokens.write(end)
                 if keep_text:
                     raw.write(text.encode() + b"\0")
         for kind, file in (("tokens", tokens), ("text", raw)):
@@ -287,7 +312,7 @@ def _is_whole(folder: Path) -> bool:
             for split in ("train", "val")
             for kind, size in meta[split].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

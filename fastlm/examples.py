@@ -258,11 +258,11 @@ def write_examples(stem: Path, found: list[Example], tokenizer: Tokenizer, dtype
     try:
         for example in found:
             tokens, answers = example.encode(tokenizer)
-            tokens.astype(dtype).tofile(files["tokens"])
-            answers.tofile(files["answers"])
+            files["tokens"].write(tokens.astype(dtype))
+            files["answers"].write(answers)
             files["text"].write(example.answers().encode())
             lengths.append(len(tokens))
-        np.cumsum(lengths, dtype=np.int64).tofile(files["starts"])
+        files["starts"].write(np.cumsum(lengths, dtype=np.int64))
         for kind, file in files.items():
             file.flush()
             os.fsync(file.fileno())

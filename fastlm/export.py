@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fastlm.files import naming, write_files
 from fastlm.models import GPT, GPTConfig, LanguageModel, llama
-from fastlm.models.base import CONFIG, WEIGHTS, write_file, write_tensors
+from fastlm.models.base import CONFIG, WEIGHTS, packed
 from fastlm.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, Tokenizer
 
 # What the library's models are, in GPTConfig's words.
@@ -34,10 +35,14 @@ def to_transformers(model: LanguageModel, tokenizer: Tokenizer, folder: str | os
     values |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
     library, settings = _library_tokenizer(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / TOKENIZER_FILE, library.to_str().encode())
-    write_file(folder / "tokenizer_config.json", _json(settings))
-    write_tensors(folder / WEIGHTS, {name: t.float().cpu().contiguous() for name, t in tensors.items()})
-    write_file(folder / CONFIG, _json(values))
+    write_files(
+        {
+            folder / TOKENIZER_FILE: library.to_str().encode(),
+            folder / "tokenizer_config.json": _json(settings),
+            folder / WEIGHTS: packed({name: t.float().cpu().contiguous() for name, t in tensors.items()}),
+            folder / CONFIG: _json(values),
+        }
+    )
 
 
 def _json(values: dict) -> bytes:
@@ -120,7 +125,11 @@ def to_torch_export(model: LanguageModel, path: str | os.PathLike) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
-        torch.export.save(program, temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            try:
+                torch.export.save(program, temporary)
+            except RuntimeError as error:  # of the writer of the archive, which knows no reason
+                raise OSError(0, str(error).splitlines()[0]) from None
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

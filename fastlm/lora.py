@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastlm.models.base import Model, read_tensors, write_file, write_tensors
+from fastlm.files import write_files
+from fastlm.models.base import Model, check_finite, packed, read_tensors
 from fastlm.options import TrainOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -92,7 +93,8 @@ def stored_tensors(model: Model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_tensors(model: Model, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """The inverse; ``ValueError`` where they have other names or shapes."""
+    """The inverse; ``ValueError`` where they have other names or shapes, or values that aren't finite."""
+    check_finite(tensors, path)
     places = stored_tensors(model)
     wrong = places.keys() ^ tensors.keys()
     wrong |= {name for name, p in places.items() if name in tensors and tensors[name].shape != p.shape}
@@ -110,8 +112,12 @@ def save(folder: Path, model: Model, tensors: dict[str, Tensor], base: str) -> N
 def _write(folder: Path, values: dict, tensors: dict[str, Tensor], base: str | None) -> None:
     values |= {"base_model_name_or_path": base, "inference_mode": True}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, {name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    write_file(folder / CONFIG, (json.dumps(values, indent=2, default=sorted) + "\n").encode())
+    write_files(
+        {
+            folder / WEIGHTS: packed({name: t.detach().cpu().contiguous() for name, t in tensors.items()}),
+            folder / CONFIG: (json.dumps(values, indent=2, default=sorted) + "\n").encode(),
+        }
+    )
 
 
 def holds_one(folder: Path) -> bool:

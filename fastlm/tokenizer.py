@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlm.files import write_file
+
 TOKENIZER_FILE = "tokenizer.json"
 _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
@@ -54,7 +56,7 @@ class FileTokenizer:
         return self.library.decode([t for t in tokens if t != self.end_of_text])
 
     def save(self, folder: Path) -> str:
-        (folder / TOKENIZER_FILE).write_text(self.library.to_str())
+        write_file(folder / TOKENIZER_FILE, self.library.to_str().encode())
         return TOKENIZER_FILE
 
 

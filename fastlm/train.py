@@ -8,6 +8,7 @@ processes.
 Sources: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW) and 2017, arXiv:1608.03983 (cosine).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,7 +32,9 @@ from fastlm.data import (
     training_batch,
     training_targets,
 )
+from fastlm.files import naming, write_file
 from fastlm.models import MODELS, LanguageModel
+from fastlm.models.base import not_finite
 from fastlm.options import PRESETS, TrainOptions
 from fastlm.processes import Alone, Lost, join
 from fastlm.tokenizer import Tokenizer, load_tokenizer
@@ -179,6 +182,7 @@ class Trainer:
         self.bytes_per_token = len(corpus.val_text) / predicted(corpus.val)
         self.interrupted = False
         self.saved = False
+        self.metrics_path = run.folder / "metrics.jsonl"
         self.metrics = self.writer = None
 
     # Checkpoints
@@ -194,8 +198,11 @@ class Trainer:
         self.saved = True
 
     def _write(self, weights: dict, tensors: dict) -> None:
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
+        if (name := not_finite(weights | tensors)) is not None:
+            self._diverged(f"{name} isn't finite after step {self.progress.step}")
+        with naming(self.metrics_path):
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
         state = dataclasses.asdict(self.progress)
         self.run.save(self.progress.step, self.model, self.tokenizer, weights, tensors, state)
 
@@ -245,7 +252,7 @@ class Trainer:
         signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         handlers = {s: signal.signal(s, self._interrupt) for s in signals}
         try:
-            with self.processes.watched():
+            with _Quiet(), self.processes.watched():
                 self._run()
         except Lost:
             handlers.pop(signal.SIGTERM, None)  # torchrun sends it now; first there is a reason to report
@@ -253,9 +260,7 @@ class Trainer:
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
-            for log in (self.metrics, self.writer):
-                if log is not None:
-                    log.close()
+            self._close_logs()
 
     def _run(self) -> None:
         if self.options.init_from is not None and not self.saved:
@@ -303,16 +308,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self._accumulate_gradients()
-        if not math.isfinite(loss):
-            self.processes.every(lambda: self._diverged(loss))
+        self._check_finite("the loss", loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip or math.inf)
-        norm = self.processes.whole(norm)
+        norm = self.processes.whole(norm).item()
+        self._check_finite("the gradient's norm", norm)  # clipped, it would make every weight NaN
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
         progress.step += 1
         progress.seconds = self.seconds_before + time.perf_counter() - self.began
-        self._log("step", loss=loss, grad_norm=norm.item(), lr=lr, seconds=seconds)
+        self._log("step", loss=loss, grad_norm=norm, lr=lr, seconds=seconds)
 
     def targets(self, step: int) -> int:
         """How many the step after ``step`` others has, over its passes and processes."""
@@ -338,11 +343,16 @@ class Trainer:
             total += loss.item()
         return processes.sum(total)[0] / processes.size
 
-    def _diverged(self, loss: float) -> None:
-        raise ValueError(
-            f"the loss is {loss} at step {self.progress.step + 1}: try a smaller lr. The last "
-            f"checkpoint in {self.run.folder} is from before"
-        )
+    def _check_finite(self, what: str, value: float) -> None:
+        """Ends the run on all processes before such a step changes the weights."""
+        if not math.isfinite(value):
+            step = self.progress.step + 1
+            self.processes.every(lambda: self._diverged(f"{what} is {value} at step {step}"))
+
+    def _diverged(self, what: str) -> None:
+        kept = checkpoint.list_steps(self.run.folder / "checkpoints")
+        last = f"The last checkpoint, {kept[-1]}, is from before" if kept else "There is no checkpoint yet"
+        raise ValueError(f"{what}: try a smaller lr. {last}")
 
     def _evaluate(self) -> None:
         options, progress = self.options, self.progress
@@ -353,6 +363,9 @@ class Trainer:
             limit=options.eval_blocks,
             processes=self.processes,
         )
+        if not math.isfinite(loss):
+            what = f"the validation loss is {loss} after step {progress.step}"
+            self.processes.every(lambda: self._diverged(what))
         if options.patience is not None:
             if progress.best_loss is None or loss < progress.best_loss:
                 progress.best_loss, progress.bad_evaluations = loss, 0
@@ -369,32 +382,68 @@ class Trainer:
 
     def _open_logs(self) -> None:
         """Opens the logs, without what a killed run wrote after its last checkpoint."""
-        path, step = self.run.folder / "metrics.jsonl", self.progress.step
+        path, step = self.metrics_path, self.progress.step
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # cut off by the kill
+            for line in path.read_bytes().splitlines():
+                if not _is_record(line, step):
                     break
-                if record["step"] > step:
-                    break
-                kept.append(line + "\n")
-        checkpoint.write_file(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+        write_file(path, b"".join(kept))
         self.metrics = open(path, "a")
         if self.options.tensorboard:
-            self.writer = _summary_writer()(self.run.folder / "tensorboard", purge_step=step + 1)
+            with naming(self.run.folder / "tensorboard"):
+                self.writer = _summary_writer()(self.run.folder / "tensorboard", purge_step=step + 1)
+
+    def _close_logs(self) -> None:
+        """Both, where one can't be written too."""
+        with contextlib.ExitStack() as stack:
+            for log, path in (
+                (self.metrics, self.metrics_path),
+                (self.writer, self.run.folder / "tensorboard"),
+            ):
+                if log is not None:
+                    stack.enter_context(naming(path))
+                    stack.callback(log.close)
 
     def _log(self, kind: str, **values: float) -> None:
         if self.metrics is None:
             return
         record = {"step": self.progress.step, "kind": kind, **values}
-        self.metrics.write(json.dumps(record) + "\n")
+        with naming(self.metrics_path):
+            self.metrics.write(json.dumps(record) + "\n")
         if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, self.progress.step)
+            with naming(self.run.folder / "tensorboard"):
+                for name, value in values.items():
+                    self.writer.add_scalar(f"{kind}/{name}", value, self.progress.step)
         shown = {"max_steps": self.progress.max_steps, "targets": self.targets(self.progress.step - 1)}
         self.report(kind, record | shown)
+
+
+def _is_record(line: bytes, last: int) -> bool:
+    """Whether a line of the metrics is whole, and of a step up to ``last``."""
+    try:
+        match json.loads(line):
+            case {"step": int(step)}:
+                return step <= last
+    except ValueError:  # cut off by a kill
+        pass
+    return False
+
+
+class _Quiet:
+    """While logs are open: the thread that writes TensorBoard's prints no traceback; what it fails with is
+    raised by the next record."""
+
+    def __enter__(self) -> None:
+        self.before, threading.excepthook = threading.excepthook, self.hook
+
+    def __exit__(self, *error) -> None:
+        threading.excepthook = self.before
+
+    def hook(self, args) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            self.before(args)
 
 
 def start(

@@ -28,7 +28,7 @@ def choice(name: str, key: str, choices: Collection[str], fastest: Callable[[], 
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", buffering=0) as file:
-                file.write(f"{json.dumps([key, found])}\n".encode())
+                file.write(f"\n{json.dumps([key, found])}\n".encode())  # behind half a line too
         kept = _kept(path, key, choices) or found
     return kept
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlm import functional as fused
 from fastlm import generate as decoding
+from fastlm.files import read_json, write_file, write_files
 from fastlm.nn import Linear
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -47,27 +49,49 @@ class Model(nn.Module):
         self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None, **extra
     ) -> None:
         """Writes ``config.json`` (with ``extra`` entries) and ``model.safetensors`` into
-        ``folder``, each replaced only by a whole new file; the model's own weights or, as in the
-        transformers library, those of ``state_dict``."""
+        ``folder``, replaced only by whole new ones; the model's own weights or, as in the
+        transformers library, those of ``state_dict``. ``OSError`` where they can't be written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": self.model_type, **dataclasses.asdict(self.config), **extra}
         tensors = self.stored_tensors() if state_dict is None else state_dict
-        write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in tensors.items()})
-        write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_files(
+            {
+                folder / WEIGHTS: packed({name: t.contiguous() for name, t in tensors.items()}),
+                folder / CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+            }
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Model":
         """Loads what :meth:`save_pretrained` wrote. ``ValueError`` where a file is missing, damaged
-        or of another model."""
+        or of another model, or a weight isn't finite."""
         config = read_config(folder)
         if config.get("model_type", cls.model_type) not in cls.accepted_types():
             raise ValueError(
                 f"{folder}: holds a model of type {config['model_type']!r}, expected {cls.model_type!r}"
             )
-        model = cls(cls.config_from_dict(config))
+        config = cls.config_from_dict(config)
+        cls.check_stored(config, folder)
+        try:
+            model = cls(config)
+        except RuntimeError as error:  # its tables of positions don't fit the memory
+            raise ValueError(f"{folder}: {CONFIG}: {str(error).splitlines()[0]}") from None
         model.load_tensors(read_weights(folder), folder)
         return model.eval()
+
+    @classmethod
+    def check_stored(cls, config, folder: str | os.PathLike) -> None:
+        """``ValueError`` unless the weights in ``folder`` are those of a model of this configuration: asked of
+        their names and shapes, before a configuration that is absurd makes anything large."""
+        shapes = read_shapes(folder)
+        if config.n_layer > len(shapes):
+            raise ValueError(
+                f"{folder}: {CONFIG} has n_layer {config.n_layer}, the weights are {len(shapes)} tensors"
+            )
+        with torch.device("meta"):
+            tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+            cls(config)._load(tensors, folder, assign=True)
 
     @classmethod
     def accepted_types(cls) -> tuple[str, ...]:
@@ -80,9 +104,13 @@ class Model(nn.Module):
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
         """Copies ``tensors``, read from ``path``, into the model; ``ValueError`` where they have other
-        names or shapes."""
+        names or shapes, or values that aren't finite."""
+        check_finite(tensors, path)
+        self._load(tensors, path)
+
+    def _load(self, tensors: dict[str, Tensor], path: str | os.PathLike, assign: bool = False) -> None:
         try:
-            self.load_state_dict(tensors)
+            self.load_state_dict(tensors, assign=assign)
         except RuntimeError as error:
             first, *rest = (line.strip() for line in str(error).splitlines()[1:])
             more = f", and {len(rest)} more" if rest else ""
@@ -102,64 +130,95 @@ class LanguageModel(Model):
         return decoding.stream(self, prompts, max_new_tokens, **options)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Puts ``content`` at ``path`` so that a crash at any moment leaves the old file or the new
-    one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def packed(tensors: dict[str, Tensor]) -> bytes:
+    """The content of a safetensors file."""
+    from safetensors.torch import save
+
+    return save(tensors, metadata={"format": "pt"})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file as :func:`write_file` does."""
-    from safetensors.torch import save
+    """Writes a safetensors file as :func:`fastlm.files.write_file` does."""
+    write_file(path, packed(tensors))
 
-    write_file(path, save(tensors, metadata={"format": "pt"}))
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.is_floating_point() and not torch.isfinite(local).all():
+            return name
+    return None
+
+
+def check_finite(tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """``ValueError`` where weights, read from ``path``, are no numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a floating dtype")
+    if (name := not_finite(tensors)) is not None:
+        raise ValueError(
+            f"{path}: {name} holds values that aren't finite; the model has diverged or is damaged"
+        )
 
 
 def read_config(folder: str | os.PathLike) -> dict:
     """The ``config.json`` of a model folder; ``ValueError`` where it is missing or damaged."""
-    path = Path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text())
+        return read_json(Path(folder) / CONFIG)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no model here ({CONFIG} is missing)") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ``ValueError`` where it is missing, truncated or not
-    one."""
+def _read_safetensors(path: str | os.PathLike, read: Callable):
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return read(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; ``ValueError`` where it is missing, truncated or not
+    one."""
+    from safetensors.torch import load_file
+
+    return _read_safetensors(path, load_file)
+
+
 def read_weights(folder: str | os.PathLike) -> dict[str, Tensor]:
     """All tensors of a model's folder, of one file or of several with an index."""
+    return {name: tensor for path in _weight_files(folder) for name, tensor in read_tensors(path).items()}
+
+
+def read_shapes(folder: str | os.PathLike) -> dict[str, list[int]]:
+    """The shapes of the same, which are all that is read."""
+    from safetensors import safe_open
+
+    def read(path):
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+    return {
+        name: shape for path in _weight_files(folder) for name, shape in _read_safetensors(path, read).items()
+    }
+
+
+def _weight_files(folder: str | os.PathLike) -> list[Path]:
     index = Path(folder) / INDEX
     if not index.is_file():
-        return read_tensors(Path(folder) / WEIGHTS)
+        return [Path(folder) / WEIGHTS]
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(read_json(index)["weight_map"].values()))
         if any(Path(file).name != file for file in files):
             raise ValueError("a file outside the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged: {error}") from None
-    return {name: tensor for file in files for name, tensor in read_tensors(Path(folder) / file).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{index}: damaged: ")
+        raise ValueError(f"{index}: damaged: {reason}") from None
+    return [Path(folder) / file for file in files]
 
 
 def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
