@@ -141,8 +141,20 @@ LLAMA3 = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.1},
         {"rope_parameters": {"rope_theta": 50.0, **LINEAR}},
         {"rope_parameters": {"rope_theta": 50.0, **LLAMA3}},
+        {
+            "rope_parameters": {"rope_theta": 50.0, "rope_type": "dynamic", "factor": 4.0},
+            "max_position_embeddings": 24,
+        },
     ],
-    ids=["grouped", "tied", "biases", "theta-and-eps", "linear-positions", "llama3-positions"],
+    ids=[
+        "grouped",
+        "tied",
+        "biases",
+        "theta-and-eps",
+        "linear-positions",
+        "llama3-positions",
+        "dynamic-positions",
+    ],
 )
 def test_llama(hf, tmp_path, changes):
     theirs = library_model(hf, "llama", **changes)
@@ -188,7 +200,7 @@ def test_llama_body_loads(hf):
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' isn't supported, only 'silu'"),
         (
             {"rope_scaling": {"rope_type": "yarn"}},
-            "rope_type 'yarn' isn't supported, only 'default', 'linear', 'llama3'",
+            "rope_type 'yarn' isn't supported, only 'default', 'dynamic', 'linear', 'llama3'",
         ),
         ({"rope_scaling": {"type": "linear"}}, "factor of rope_scaling must be a number > 0, got None"),
         ({"head_dim": 16}, "head_dim 16 isn't supported, only hidden_size / num_attention_heads, 8"),

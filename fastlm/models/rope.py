@@ -8,7 +8,8 @@ times down ("llama3"):
 
     w_i (s + (1 - s) / factor),  s = clamp((L w_i / 2 pi - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
 
-with L = `original_max_position_embeddings`. The names are the transformers library's.
+with L = `original_max_position_embeddings`. "dynamic" scales behind n_positions alone, where a GPT has no positions.
+The names are the transformers library's.
 
 Sources: Su et al. 2021, arXiv:2104.09864, section 3.4; Chen et al. 2023, arXiv:2306.15595 (linear);
 Grattafiori et al. 2024, arXiv:2407.21783, and Meta's code beside it (llama3).
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 SCALINGS = {
+    "dynamic": ("factor",),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
@@ -47,7 +49,7 @@ def check_scaling(scaling: dict) -> None:
 def frequencies(D: int, theta: float, scaling: dict | None) -> Tensor:
     """w, (D/2) of float64."""
     w = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "dynamic":
         return w
     if scaling["rope_type"] == "linear":
         return w / scaling["factor"]
