@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -82,8 +81,7 @@ def build(out: Path) -> list[Path]:
     environment = {"FASTLM_BUILD": str(BUILD / "objects")}
     with tempfile.TemporaryDirectory() as scratch:
         made = [source_distribution(ROOT, Path(scratch))]
-        with tarfile.open(made[0]) as archive:
-            archive.extractall(scratch, filter="data")
+        call(["tar", "-xf", made[0], "-C", scratch])
         shutil.rmtree(source, ignore_errors=True)
         shutil.move(Path(scratch) / made[0].name.removesuffix(".tar.gz"), source)
         for tag, cuda in [("", "0"), *([(cuda_tag(nvcc), "1")] if nvcc else [])]:
