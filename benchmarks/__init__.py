@@ -1,4 +1,4 @@
-"""The benchmarks: `pytest benchmarks`, or `fastlm bench` for the table and the charts."""
+"""The benchmarks: `pytest benchmarks`, or `fastlm bench` for the tables and the page."""
 
 import sys
 from pathlib import Path

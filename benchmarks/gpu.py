@@ -1,6 +1,6 @@
 """`make gpu-check`: all tests, then the benchmarks, on a machine with a GPU, and one report of both.
 
-The report (report.md, with a chart for each operator) has the device, the versions, the backends, the
+The report (report.md, with charts in report.html) has the device, the versions, the backends, the
 tests' outcome, the compiled kernels, and for each shape the time and the peak memory of every contender that
 is here: eager PyTorch (cuDNN for the GRU), torch.compile, fastlm as it chooses, fastlm on each other family
 of kernels, and flash-attn and Liger where installed.
@@ -31,8 +31,9 @@ from harness import differentiable, on_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
-from benchmarks import ROOT
-from benchmarks.measure import Measurement, Timing, check, duration, failure, problems
+from benchmarks import ROOT, tables
+from benchmarks.measure import Measurement, Timing, check, failure, problems
+from benchmarks.page import page
 from benchmarks.training_step import TrainingStep
 from benchmarks.workloads import FASTLM, OperatorProblem, Workload, workloads
 from fastlm import ops
@@ -321,23 +322,9 @@ def kernels(device: torch.device) -> str:
 def table(measured: list[Measurement], peaks: Peaks) -> list[str]:
     if not measured:
         return []
-    names = list(measured[0].contenders)
-    lines = [
-        "| shape | dtype | pass | " + " | ".join(names) + " | of the floor | MiB " + "/".join(names) + " |",
-        "| --- " * (len(names) + 5) + "|",
-    ]
-    for m in measured:
-        cells = []
-        for name in names:
-            timing = m.contenders[name]
-            text = "fails" if timing.problem else duration(timing.median)
-            if not timing.problem and name != FASTLM and m.contenders[FASTLM].seconds:
-                text += f" ({m.ratio(name):.2f}x)"
-            cells.append(text)
-        memory = "/".join("-" if t.memory is None else str(t.memory >> 20) for t in m.contenders.values())
-        share = m.floor(peaks) / m.contenders[FASTLM].median
-        cells += ["" if share != share else f"{share:.0%}", memory]
-        lines.append(f"| {m.shape} | {m.dtype} | {m.kind} | " + " | ".join(cells) + " |")
+    head = tables.header(measured)
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines += [f"| {' | '.join(cell.text for cell in row)} |" for row in tables.rows(measured, peaks)]
     return lines + [f"\n- {line}" for line in problems(measured)]
 
 
@@ -355,7 +342,7 @@ class Report:
 
 def benchmark(report: Report, chosen: list[Workload], device: torch.device, about: dict[str, str]) -> bool:
     """Whether every fastlm result was right."""
-    peaks, good = measure_peaks(device), True
+    peaks, good, done = measure_peaks(device), True, []
     report.add(
         f"\n## Benchmarks\nFloor: the larger of operations at {peaks.bf16 / 1e12:.3g} (bfloat16) or "
         f"{peaks.fma / 1e12:.3g} TFLOP/s (float32, as torch multiplies) and bytes at {peaks.copy / 1e9:.4g} GB/s, "
@@ -371,11 +358,9 @@ def benchmark(report: Report, chosen: list[Workload], device: torch.device, abou
                 lost.append(f"\n- {workload.name} was not measured: {failure(error)}")
         good &= not lost and all(m.contenders[FASTLM].problem is None for m in measured)
         report.add(f"\n### {operator}", *table(measured, peaks), *lost)
-        if measured and all(importlib.util.find_spec(name) for name in ("matplotlib", "rich")):
-            from benchmarks.report import draw
-
-            draw(measured, peaks, about, report.path.parent)
-            report.add(f"\n![{operator}]({operator.replace(' ', '_')}.png)")
+        done += measured
+        if done:
+            (report.path.parent / "report.html").write_text(page(done, [], peaks, about), encoding="utf-8")
     return good
 
 
@@ -393,8 +378,7 @@ OPTIONAL = {
     "numpy": "the tests of data and training, and of Triton's interpreter, fail",
     "xdist": "tests run one after the other, and a family's end with the first fault of the device",
     "hypothesis": "no generated cases",
-    "rich": "no charts, and the tests of the command line fail",
-    "matplotlib": "no charts",
+    "rich": "the tests of the command line fail",
     "flash_attn": "not among the contenders",
     "liger_kernel": "not among the contenders",
 }

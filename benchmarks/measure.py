@@ -7,8 +7,9 @@ reference before anything is timed, which is its warm-up too.
 Floor. The larger of operations / measured multiply-add rate and bytes / measured copy rate, both
 measured in the same run on the same threads.
 
-Memory. Each contender but torch.compile runs once in a fresh process: the high-water mark of its
-resident anonymous memory, less what was resident before the call and less the results themselves.
+Memory. Each contender but torch.compile, which compiles again, runs once in a fresh process: the high-water mark
+of its resident anonymous memory, less what was resident before the call and less the results themselves. A sweep
+measures it along an operator's sizes.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import COMPILED, FASTLM, Workload
+from benchmarks.workloads import BOTH, COMPILED, FASTLM, FORWARD, MEASURED, Workload
 from fastlm import _C
 
 SHORTEST_ROUND = 1e-3  # seconds; shorter calls are repeated within a round
@@ -101,14 +102,27 @@ class Measurement:
         return peaks.floor(self.operations, self.bytes, self.dtype)
 
 
-def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> list[Measurement]:
-    """Measures each pass of the workload, with about so many seconds of timed calls."""
+@dataclass
+class Sweep:
+    """Memory of an operator, forward and backward, while one of its sizes grows."""
+
+    operator: str
+    of: str  # what grows
+    dtype: str
+    memory: dict[str, dict[int, int]]  # contender -> size -> bytes
+
+
+def measure(
+    workload: Workload, seconds: float = 3.0, memory: bool = True, names: Sequence[str] = ()
+) -> list[Measurement]:
+    """Measures each pass of the workload, with about so many seconds of timed calls; all contenders where
+    none is named."""
     torch._dynamo.reset()
     problem = workload.problem()
     truth = problem.truth()
     measured = []
     for kind in problem.kinds:
-        timings = {name: Timing() for name in workload.contenders}
+        timings = {name: Timing() for name in names or workload.contenders}
         calls, warm = {}, {}
         for name, timing in timings.items():
             call = problem.call(name, kind)
@@ -129,7 +143,7 @@ def measure(workload: Workload, seconds: float = 3.0, memory: bool = True) -> li
             (m.kind, name)
             for m in measured
             for name, timing in m.contenders.items()
-            if timing.seconds and timing.median <= 3 * SLOW and name != COMPILED  # which compiles again
+            if timing.seconds and timing.median <= 3 * SLOW and name != COMPILED
         ]
         found = peak_memory(workload, problem.shapes, tasks)
         for m in measured:
@@ -234,6 +248,21 @@ def peak_memory(workload: Workload, shapes: list, tasks: list[tuple[str, str]]) 
         raise RuntimeError(f"the process that measured the memory of {workload.name} died") from None
     finally:
         process.join()
+
+
+def sweep(operator: str, dtype: torch.dtype, most: int | None = None) -> Sweep | None:
+    """Along the operator's sizes, or the first `most`; None where it has none or the system doesn't tell."""
+    growth = MEASURED[operator].growth if operator in MEASURED else None
+    if growth is None:
+        return None
+    made = Sweep(operator, growth.of, str(dtype).removeprefix("torch."), {})
+    for n, case in list(growth.cases.items())[:most]:
+        workload = Workload(operator, case.id, dtype)
+        shapes = [x.shape for x in workload.problem().call(FASTLM, FORWARD)()]
+        tasks = [(BOTH, name) for name in workload.contenders if name != COMPILED]
+        for (_, name), size in peak_memory(workload, shapes, tasks).items():
+            made.memory.setdefault(name, {})[n] = size
+    return made if made.memory else None
 
 
 def _measure_memory(pipe, workload, shapes, tasks, threads: int) -> None:

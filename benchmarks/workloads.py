@@ -77,7 +77,8 @@ class OperatorProblem:
     device = torch.device("cpu")
 
     def __init__(self, operator: Operator, shape: str, dtype: torch.dtype):
-        case = next(c for c in operator.bench if c.id == shape)
+        grown = operator.growth.cases.values() if operator.growth else ()
+        case = next(c for c in (*operator.bench, *grown) if c.id == shape)
         self.operator, self.dtype = operator, dtype
         self.arguments = args, kwargs = case.build(dtype, 0)
         self.inputs = differentiable(self.arguments)

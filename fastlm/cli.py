@@ -440,13 +440,18 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="of torch [default: torch's own]")] = None,
     seconds: Annotated[float, typer.Option(help="timed calls of each pass over each shape")] = 2.0,
     memory: Annotated[bool, typer.Option(help="measure the peak memory too")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="the smallest shapes, briefly, without torch.compile")
+    ] = False,
+    html: Annotated[
+        str | None, typer.Option(help="file of the page [default: report.html beside the raw figures]")
+    ] = None,
     out: Annotated[
-        str | None,
-        typer.Option(help="folder of charts and raw figures [default: in benchmarks/results]"),
+        str | None, typer.Option(help="folder of the raw figures [default: in benchmarks/results]")
     ] = None,
 ) -> None:
     """Time and memory of every operator and training step against eager PyTorch and torch.compile,
-    as tables and bar charts."""
+    as tables and as one page with charts."""
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "report.py").is_file():
         raise ValueError(
@@ -465,8 +470,8 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    folder = Path(out) if out else None
-    if not report.run(console, names or [], dtype or [], seconds, memory, folder):
+    folder, page = (Path(path) if path else None for path in (out, html))
+    if not report.run(console, names or [], dtype or [], seconds, memory, folder, page, quick):
         raise typer.Exit(1)
 
 

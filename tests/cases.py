@@ -45,13 +45,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Cases along one size, of which the benchmarks measure the memory. of: what the size is."""
+
+    of: str
+    cases: dict[int, Case]
+
+
+@dataclass(frozen=True)
 class Operator:
     """A public function, what it is measured against, and its cases.
 
     function: fastlm.<name>.
     reference: fastlm.reference.<name>, same signature, any dtype.
     eager: the torch function that it is a drop-in for; None where torch has none on a CPU.
-    cases: for tests. bench: for benchmarks, larger.
+    cases: for tests. bench: for benchmarks, larger. growth: for their charts of memory.
     flops, bytes: (*args, **kwargs) -> (forward, backward), the least that any
         implementation must compute and move; the benchmarks' floor.
     """
@@ -62,6 +70,7 @@ class Operator:
     eager: Callable | None
     cases: tuple[Case, ...]
     bench: tuple[Case, ...] = ()
+    growth: Growth | None = None
     flops: Callable[..., tuple[int, int]] | None = None
     bytes: Callable[..., tuple[int, int]] | None = None
 
@@ -74,6 +83,10 @@ def register(operator: Operator) -> None:
     assert operator.name not in OPERATORS, f"{operator.name} is registered twice"
     assert len(ids) == len(set(ids)), f"{operator.name} has two cases of one id"
     OPERATORS[operator.name] = operator
+
+
+def powers_of_2(first: int, last: int) -> list[int]:
+    return [n for n in (1 << i for i in range(last.bit_length())) if n >= first]
 
 
 class Draw:
@@ -316,6 +329,10 @@ register(
             attention("1x32on8x2048x128", 1, (32, 8), 2048, 128, is_causal=True, dtypes=FLOATS),
             attention("decode-8x12x4096x64", 8, 12, (1, 4096), 64, grad=False, dtypes=FLOATS),
             attention("smallest-1x2x8x16", 1, 2, 8, 16, dtypes=FLOATS),
+        ),
+        growth=Growth(
+            "tokens of a sequence",
+            {T: attention(f"1x2x{T}x64", 1, 2, T, 64, is_causal=True) for T in powers_of_2(256, 8192)},
         ),
         flops=attention_products,
         bytes=attention_traffic,
@@ -638,12 +655,12 @@ def _cross_entropy_case(
     return Case(id, build, eager=eager and kind != "int32")
 
 
-def _cross_entropy_bench(id: str, tokens: int, classes: int) -> Case:
+def _cross_entropy_bench(tokens: int, classes: int, name: str = "") -> Case:
     def build(dtype, seed):
         draw = Draw(dtype, seed)
         return (draw(tokens, classes), draw.integers(0, classes, (tokens,))), {}
 
-    return Case(id, build)
+    return Case(f"{name}{tokens}x{classes}", build)
 
 
 def _loss_flops(input, target, **kwargs) -> tuple[int, int]:
@@ -741,9 +758,13 @@ register(
             ),
         ),
         bench=(
-            _cross_entropy_bench("1024x50257", 1024, 50257),
-            _cross_entropy_bench("4096x50257", 4096, 50257),
-            _cross_entropy_bench("smallest-4x8", 4, 8),
+            _cross_entropy_bench(1024, 50257),
+            _cross_entropy_bench(4096, 50257),
+            _cross_entropy_bench(4, 8, "smallest-"),
+        ),
+        growth=Growth(
+            "classes, for 512 tokens",
+            {C: _cross_entropy_bench(512, C) for C in powers_of_2(4096, 131072)},
         ),
         flops=_loss_flops,
         bytes=_loss_bytes,
@@ -774,13 +795,13 @@ def _linear_case(
     return Case(id, build, eager=eager and kind != "int32")
 
 
-def _linear_bench(tokens: int) -> Case:
+def _linear_bench(tokens: int, classes: int = 50257, width: int = 768) -> Case:
     def build(dtype, seed):
         draw = Draw(dtype, seed)
-        x, w = draw(tokens, 768), draw(50257, 768, scale=768**-0.5)
-        return (x, w, draw.integers(0, 50257, (tokens,))), {}
+        x, w = draw(tokens, width), draw(classes, width, scale=width**-0.5)
+        return (x, w, draw.integers(0, classes, (tokens,))), {}
 
-    return Case(f"{tokens}x50257x768", build)
+    return Case(f"{tokens}x{classes}x{width}", build)
 
 
 def _linear_flops(input, linear_weight, target, **kwargs) -> tuple[int, int]:
@@ -879,6 +900,10 @@ register(
             ),
         ),
         bench=(_linear_bench(1024), _linear_bench(4096)),
+        growth=Growth(
+            "classes, for 512 tokens of width 256",
+            {C: _linear_bench(512, C, 256) for C in powers_of_2(4096, 131072)},
+        ),
         flops=_linear_flops,
         bytes=_linear_bytes,
     )
