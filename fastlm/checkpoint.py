@@ -212,8 +212,13 @@ def load_model(folder: str | os.PathLike) -> tuple[Model, Tokenizer]:
     of its checkpoints, or of a folder in the layout of the transformers library; adapters are merged."""
     tokenizer = describe(folder)[-1]
     found = find_model(Path(folder))
-    model = from_pretrained(base_of(found))
+    model = load_base(found)
     return lora.merge(model, found) if lora.holds_one(found) else model, tokenizer
+
+
+def load_base(folder: Path) -> Model:
+    """The model in ``folder`` without the adapters there may be."""
+    return from_pretrained(base_of(folder))
 
 
 def describe(folder: str | os.PathLike) -> tuple[type[Model], object, Tokenizer]:
@@ -258,12 +263,11 @@ def base_of(folder: Path) -> Path:
     """The folder of a whole model: this one or, where it holds adapters, that of the model they belong to."""
     if not lora.holds_one(folder):
         return folder
-    path = folder / lora.CONFIG
-    named = str(_read_json(path, f"{path}: no such file").get("base_model_name_or_path"))
+    named = str(lora.read_config(folder).get("base_model_name_or_path"))
     for base in (folder / named, Path(named)):
         if base.is_dir():
             return base
-    raise ValueError(f"{path}: the adapters' model, {named!r}, is no folder here")
+    raise ValueError(f"{folder / lora.CONFIG}: the adapters' model, {named!r}, is no folder here")
 
 
 def _sync(folder: Path) -> None:

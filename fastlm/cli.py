@@ -1,7 +1,9 @@
-"""The command ``fastlm``: train, evaluate, generate, export, bench, info."""
+"""The command ``fastlm``: train, evaluate, generate, classify, export, bench, info."""
 
 import dataclasses
 import inspect
+import itertools
+import json
 import math
 import os
 import platform
@@ -11,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"fastlm: the command line needs {error.name}: pip install 'fastlm[train]'") from None
@@ -24,6 +28,7 @@ from fastlm import checkpoint, data
 from fastlm import train as training
 from fastlm.baselines import gzip_bits_per_byte, ngram_bits_per_byte
 from fastlm.display import TrainingDisplay
+from fastlm.labels import encode_text
 from fastlm.processes import Alone, Elsewhere, Lost, join
 from fastlm.tokenizer import text_stream
 
@@ -102,7 +107,7 @@ def _train(
         where = f" --out {out}" if out else ""
         raise Lost(f"{error}. From the last checkpoint on: fastlm train --resume{where}") from None
     processes.leave()
-    if sample and processes.rank == 0:
+    if sample and processes.rank == 0 and trainer.corpus.labels is None:
         options = trainer.options
         if prompt is None:
             prompt = SAMPLE_PROMPT if options.data is None else ""
@@ -156,7 +161,8 @@ def _run(trainer: training.Trainer, folder: Path) -> None:
     console.print(
         f"{model.model_type}: {model.num_params():,} parameters, {_trained_share(model)}"
         f"vocabulary {model.config.vocab_size}, "
-        f"{several}{torch.get_num_threads()} threads; {data.predicted(trainer.corpus.train):,} tokens to learn; "
+        f"{several}{torch.get_num_threads()} threads; "
+        f"{data.predicted(trainer.corpus.train):,} {trainer.unit} to learn; "
         f"in {folder}",
         soft_wrap=True,
         markup=False,
@@ -262,11 +268,16 @@ def newest_run() -> Path:
 
 
 def final_report(trainer: training.Trainer) -> None:
-    """Bits per byte of the whole validation text: the model's beside those of n-grams and gzip."""
+    """Bits per byte of the whole validation text: the model's beside those of n-grams and gzip; or the
+    accuracy of a classifier."""
     corpus, model = trainer.corpus, trainer.model.model_type
-    loss = trainer.final_loss()
+    metrics = trainer.final_metrics()
     if trainer.processes.rank > 0:
         return
+    if corpus.labels is not None:
+        print_accuracy(metrics, corpus.val, np.bincount(corpus.train.numbers).argmax(), corpus.labels)
+        return
+    loss = metrics["loss"]
     table = Table(title=f"validation, {len(corpus.val_text):,} bytes", title_justify="left")
     table.add_column("")
     table.add_column("bits/byte", justify="right")
@@ -277,6 +288,17 @@ def final_report(trainer: training.Trainer) -> None:
     for name, bits in ngram_bits_per_byte(corpus.train_text, corpus.val_text).items():
         table.add_row(name, f"{bits:.3f}")
     table.add_row("gzip -9", f"{gzip_bits_per_byte(corpus.val_text):.3f}")
+    console.print(table)
+
+
+def print_accuracy(metrics: dict, split, commonest: int, labels) -> None:
+    """A classifier's, beside that of giving every text the label that training saw most often."""
+    table = Table(title=f"validation, {len(split):,} texts", title_justify="left")
+    for column in ("", "accuracy", "macro F1", "loss"):
+        table.add_column(column, justify="right" if column else "left")
+    values = f"{metrics['accuracy']:.1%}", f"{metrics['macro_f1']:.3f}", f"{metrics['loss']:.3f}"
+    table.add_row("[bold]model[/bold]", *(f"[bold]{value}[/bold]" for value in values))
+    table.add_row(escape(f"always {labels[commonest]}"), f"{(split.numbers == commonest).mean():.1%}", "", "")
     console.print(table)
 
 
@@ -306,7 +328,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="sequences in a pass")] = 16,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
 ) -> None:
-    """Loss, perplexity and bits per byte of a model."""
+    """Loss, perplexity and bits per byte of a model; loss, accuracy and F1 of a classifier."""
     loaded, tokenizer = checkpoint.load_model(model)
     for name, value in (("block_size", block_size), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -315,23 +337,37 @@ def evaluate(
         block_size = _run_options(Path(model)).get("block_size") or loaded.max_length or 256
     if loaded.max_length is not None and block_size > loaded.max_length:
         raise ValueError(f"block_size is {block_size}, the model's context {loaded.max_length}")
-    tokens, text = data.encode_all(data_, tokenizer) if data_ else _held_out(Path(model), tokenizer)
+    names = getattr(loaded, "labels", None)
+    split, text = (
+        data.encode_all(data_, tokenizer, names) if data_ else _held_out(Path(model), tokenizer, names)
+    )
     start = time.perf_counter()
-    loss = training.evaluate(loaded.to(device), tokens, block_size, batch_size)
-    seconds = time.perf_counter() - start
+    metrics = training.measure(loaded.to(device), split, block_size, batch_size)
+    speed = data.predicted(split) / (time.perf_counter() - start)
+    loss = metrics["loss"]
     if not math.isfinite(loss):
         raise ValueError(f"{model}: its loss is {loss}: the model has diverged")
-    for name, value in (
-        ("loss", f"{loss:.4f} nats/token"),
-        ("perplexity", f"{math.exp(min(loss, 700)):.4f}"),
-        ("bits per byte", f"{bits_per_byte(loss, tokens, text):.4f}"),
-        ("text", f"{len(text):,} bytes, {data.predicted(tokens):,} tokens"),
-        ("speed", f"{data.predicted(tokens) / seconds:,.0f} tokens/s"),
-    ):
+    if names is not None:
+        rows = (
+            ("loss", f"{loss:.4f} nats/text"),
+            ("accuracy", f"{metrics['accuracy']:.4f}"),
+            ("macro F1", f"{metrics['macro_f1']:.4f}"),
+            ("texts", f"{len(split):,}"),
+            ("speed", f"{speed:,.0f} texts/s"),
+        )
+    else:
+        rows = (
+            ("loss", f"{loss:.4f} nats/token"),
+            ("perplexity", f"{math.exp(min(loss, 700)):.4f}"),
+            ("bits per byte", f"{bits_per_byte(loss, split, text):.4f}"),
+            ("text", f"{len(text):,} bytes, {data.predicted(split):,} tokens"),
+            ("speed", f"{speed:,.0f} tokens/s"),
+        )
+    for name, value in rows:
         console.print(f"{name:<14} {value}")
 
 
-def _held_out(folder: Path, tokenizer):
+def _held_out(folder: Path, tokenizer, names):
     """The validation split of the run that ``folder`` is or lies in."""
     options = _run_options(folder)
     if not options:
@@ -342,6 +378,7 @@ def _held_out(folder: Path, tokenizer):
         block_size=options["block_size"],
         val_bytes=options["val_bytes"],
         cache=options["cache"],
+        names=names,
     )
     if corpus.key != options["corpus"]:
         raise ValueError(f"{folder}: its corpus has changed since; give the text with --data")
@@ -373,6 +410,8 @@ def generate(
 ) -> None:
     """Text from a model, as it comes; several prompts run as one batch."""
     loaded, tokenizer = checkpoint.load_model(model)
+    if not hasattr(loaded, "generate"):
+        raise ValueError(f"{model}: a classifier writes no text: fastlm classify {model} TEXT")
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = prompts or [""]
     if len(prompts) == 1:
@@ -403,6 +442,41 @@ def print_sample(model, tokenizer, prompt: str, max_new_tokens: int, *, device: 
 
 
 @app.command()
+def classify(
+    model: ModelFolder,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="texts [default: the lines of the standard input]")
+    ] = None,
+    top: Annotated[int, typer.Option(help="labels to show of each text")] = 3,
+    json_: Annotated[
+        bool, typer.Option("--json", help="a JSON object a line, with the probabilities of all labels")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="texts in a pass")] = 16,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+) -> None:
+    """The labels that a classifier gives to texts, the most probable first."""
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    loaded, tokenizer = checkpoint.load_model(model)
+    names = getattr(loaded, "labels", None)
+    if names is None:
+        raise ValueError(f"{model}: a language model, not a classifier; train one on texts with labels")
+    loaded = loaded.to(device)
+    lines = (line.rstrip("\r\n") for line in sys.stdin) if not texts else iter(texts)
+    while batch := list(itertools.islice(lines, batch_size)):
+        rows = [encode_text(text, tokenizer).tolist() for text in batch]
+        for text, p in zip(batch, loaded.predict(rows).tolist(), strict=True):
+            ranked = sorted(zip(p, names, strict=True), key=lambda pair: -pair[0])
+            if json_:
+                shown = {name: round(value, 6) for value, name in ranked}
+                print(json.dumps({"text": text, "label": ranked[0][1], "probabilities": shown}), flush=True)
+            else:
+                shown = ", ".join(f"{name} {value:.1%}" for value, name in ranked[:top])
+                print(f"{shown}\t{text}", flush=True)
+
+
+@app.command()
 def export(
     model: ModelFolder,
     to: Annotated[
@@ -411,18 +485,33 @@ def export(
     torch_export: Annotated[
         str | None, typer.Option(help="file, NAME.pt2, of torch.export, from tokens to logits")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="new folder for PEFT: low-rank adapters of a GPT-2 or a Llama")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="the adapters' model, for the transformers library [default: what --init-from was]"
+        ),
+    ] = None,
 ) -> None:
     """A model for other programs."""
-    from fastlm.export import to_torch_export, to_transformers
+    from fastlm.export import to_peft, to_torch_export, to_transformers
 
-    if to is None and torch_export is None:
-        raise ValueError("say what to write: --to FOLDER or --torch-export FILE.pt2")
+    if to is None and torch_export is None and adapter is None:
+        raise ValueError("say what to write: --to FOLDER or --torch-export FILE.pt2 (or --adapter FOLDER)")
+    if base is not None and adapter is None:
+        raise ValueError("--base is of adapters: give --adapter too")
     if torch_export is not None and not torch_export.endswith(".pt2"):
         raise ValueError(f"--torch-export {torch_export}: the name must end in .pt2")
     loaded, tokenizer = checkpoint.load_model(model)
+    kind = "SequenceClassification" if hasattr(loaded, "labels") else "CausalLM"
     if to is not None:
         to_transformers(loaded, tokenizer, to)
-        console.print(f"{to}: for AutoModelForCausalLM.from_pretrained", soft_wrap=True, markup=False)
+        console.print(f"{to}: for AutoModelFor{kind}.from_pretrained", soft_wrap=True, markup=False)
+    if adapter is not None:
+        to_peft(model, adapter, base or _run_options(Path(model)).get("init_from"))
+        console.print(f"{adapter}: for AutoPeftModelFor{kind}.from_pretrained", soft_wrap=True, markup=False)
     if torch_export is not None:
         to_torch_export(loaded, torch_export)
         console.print(f"{torch_export}: for torch.export.load", soft_wrap=True, markup=False)

@@ -3,8 +3,8 @@
 A corpus is the source code of Python's standard library, or any text files and folders. Each
 document is followed by an end-of-text token, and each split begins with one, so that every byte of
 the text is predicted from something. Encoded splits are kept in a cache folder named by a hash of
-all that they depend on; a folder appears there whole or not at all. Examples with answers are
-:mod:`fastlm.examples`."""
+all that they depend on; a folder appears there whole or not at all. JSON lines, of examples with answers
+or of texts with labels, are :mod:`fastlm.rows`."""
 
 import contextlib
 import fcntl
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlm import examples
-from fastlm.examples import IGNORED, Examples
+from fastlm import examples, labels, rows
+from fastlm.examples import Examples
 from fastlm.files import naming, write_file
+from fastlm.labels import LabelledTexts
+from fastlm.rows import IGNORED, Rows
 from fastlm.tokenizer import ByteTokenizer, Tokenizer
 
-FORMAT = 1  # of the cache's folders
+FORMAT = 2  # of the cache's folders
 _BUILDING = ".building-"
 MAX_VALIDATION = 128 * 1024  # bytes, unless asked for more
 # Left out of the default corpus: what isn't library code, generated tables, and tests of a build.
@@ -57,16 +59,17 @@ class Document:
 
 @dataclass
 class Corpus:
-    """The two splits, memory-mapped. ``train`` and ``val`` are token ids (N,), or examples;
-    ``train_text`` and ``val_text`` the text that is predicted as bytes: without the leading
-    end-of-text, or the answers alone, one NUL after each document or answer."""
+    """The two splits, memory-mapped. ``train`` and ``val`` are token ids (N,), examples or labelled
+    texts; ``train_text`` and ``val_text`` the text that is predicted as bytes: without the leading
+    end-of-text, or the answers alone, one NUL after each document or answer; of labels, none."""
 
-    train: np.ndarray | Examples
-    val: np.ndarray | Examples
+    train: np.ndarray | Rows
+    val: np.ndarray | Rows
     train_text: np.ndarray
     val_text: np.ndarray
     key: str  # hash of the text, the tokenizer and the split
     folder: Path
+    labels: tuple[str, ...] | None = None  # the names that labelled texts have
 
 
 def read_text(path: Path) -> str:
@@ -134,9 +137,10 @@ def prepare(
     block_size: int,
     val_bytes: int | None = None,
     cache: str | os.PathLike | None = None,
+    names: Sequence[str] | None = None,
 ) -> Corpus:
-    """Splits and encodes a corpus of text, or of examples where the paths end in ``.jsonl``, or
-    finds it in the cache.
+    """Splits and encodes a corpus of text, or of examples or labelled texts where the paths end in
+    ``.jsonl``, or finds it in the cache. ``names`` are those of a classifier's labels.
 
     ``val_bytes`` is about how much text is held out: whole documents where there are 20 or more,
     the end of each document otherwise; by default 5%, at most 128 KiB. ``cache`` defaults to
@@ -144,8 +148,9 @@ def prepare(
     one block of ``block_size`` tokens."""
     settings = f"{FORMAT}\n{tokenizer.fingerprint}\n{val_bytes}\n{MAX_VALIDATION}\n"
     digest = hashlib.sha256(settings.encode())
-    if examples.are_examples(paths):
-        return _prepare_examples(paths, tokenizer, digest, block_size, val_bytes, cache_folder(cache))
+    if rows.are_rows(paths):
+        return _prepare_rows(paths, tokenizer, digest, block_size, val_bytes, cache_folder(cache), names)
+    _check_not_labelled(names)
     documents, sizes = list_documents(paths), []
     for document in documents:
         content = document.read().encode()
@@ -169,34 +174,62 @@ def prepare(
     return corpus
 
 
-def _prepare_examples(
+def _prepare_rows(
     paths: Sequence[str | os.PathLike],
     tokenizer: Tokenizer,
     digest,
     block_size: int,
     val_bytes: int | None,
     cache: Path,
+    names: Sequence[str] | None,
 ) -> Corpus:
-    found = examples.read_examples(paths)
-    splits = examples.split_examples(found, val_bytes, MAX_VALIDATION)
-    for example in found:
-        digest.update(b"example\n" + example.digest())
+    found, names = _read_rows(paths, names)
+    splits = rows.split_rows(found, val_bytes, MAX_VALIDATION)
+    for row in found:
+        digest.update(b"example\n" + row.digest())
+    digest.update(json.dumps(names).encode() if names else b"")
     folder = cache / digest.hexdigest()[:32]
     if not _is_whole(folder):
-        _build(folder, tokenizer, splits, examples.write_examples, examples=True)
+        _build(folder, tokenizer, splits, rows.write_rows, rows=True, labels=names)
     corpus = open_corpus(folder)
-    for split, of in zip((corpus.train, corpus.val), splits, strict=True):
-        examples.check_answers_fit(split, of, block_size)
+    if names is None:
+        for split, of in zip((corpus.train, corpus.val), splits, strict=True):
+            examples.check_answers_fit(split, of, block_size)
     return corpus
 
 
+def _read_rows(
+    paths: Sequence[str | os.PathLike], names: Sequence[str] | None
+) -> tuple[list[rows.Row], tuple[str, ...] | None]:
+    """What the lines hold, all the same, and the names of labels where it is these."""
+    lines = list(rows.read_lines(paths))
+    if not lines:
+        raise ValueError(f"the corpus is empty: no examples in {', '.join(map(str, paths))}")
+    if "label" in lines[0][1]:
+        return labels.number([labels.parse(*line) for line in lines], names)
+    _check_not_labelled(names)
+    return [examples.parse(*line) for line in lines], None
+
+
+def _check_not_labelled(names: Sequence[str] | None) -> None:
+    if names is not None:
+        raise ValueError(
+            "a classifier reads .jsonl files of texts and labels, "
+            'lines as {"text": "...", "label": "..."}; these data are others'
+        )
+
+
 def encode_all(
-    paths: Sequence[str | os.PathLike], tokenizer: Tokenizer
-) -> tuple[np.ndarray | Examples, np.ndarray]:
-    """A whole corpus, unsplit and in memory: its tokens (N,) or examples and its text as bytes (M,),
-    as in :class:`Corpus`."""
-    if examples.are_examples(paths):
-        return examples.encode_examples(examples.read_examples(paths), tokenizer)
+    paths: Sequence[str | os.PathLike], tokenizer: Tokenizer, names: Sequence[str] | None = None
+) -> tuple[np.ndarray | Rows, np.ndarray]:
+    """A whole corpus, unsplit and in memory: its tokens (N,), examples or labelled texts, and its text as
+    bytes (M,), as in :class:`Corpus`."""
+    if rows.are_rows(paths):
+        found, labelled = _read_rows(paths, names)
+        arrays = rows.encode_rows(found, tokenizer)
+        text = arrays.pop("text")
+        return (Examples if labelled is None else LabelledTexts)(**arrays), text
+    _check_not_labelled(names)
     texts = [text for document in list_documents(paths) if (text := document.read())]
     end = np.array([tokenizer.end_of_text], np.uint32)
     parts = [part for text in texts for part in (tokenizer.encode(text), end)]
@@ -242,9 +275,7 @@ def _cut(text: str, share: float) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-def _build(
-    folder: Path, tokenizer: Tokenizer, splits, write: Callable[..., dict[str, int]], **meta: bool
-) -> None:
+def _build(folder: Path, tokenizer: Tokenizer, splits, write: Callable[..., dict[str, int]], **meta) -> None:
     """Writes the token files beside ``folder``, then moves them there in one step."""
     with naming(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -323,43 +354,47 @@ def open_corpus(folder: Path) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {}
     for split in ("train", "val"):
-        if meta.get("examples"):
-            arrays[split] = examples.open_examples(folder / split, meta["dtype"])
+        if meta.get("rows"):
+            kind, of = (
+                (LabelledTexts, {"numbers": "int64"}) if meta["labels"] else (Examples, {"answers": "bool"})
+            )
+            arrays[split] = kind(**rows.map_rows(folder / split, tokens=meta["dtype"], starts="int64", **of))
             arrays[f"{split}_text"] = _map_bytes(folder / f"{split}.text")
             continue
         tokens = np.memmap(folder / f"{split}.tokens", np.dtype(meta["dtype"]), "r")
         arrays[split] = tokens
         arrays[f"{split}_text"] = tokens[1:] if meta["bytes"] else _map_bytes(folder / f"{split}.text")
-    return Corpus(**arrays, key=folder.name, folder=folder)
+    names = meta.get("labels")
+    return Corpus(**arrays, key=folder.name, folder=folder, labels=names and tuple(names))
 
 
 def _map_bytes(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
-def predicted(split: np.ndarray | Examples) -> int:
-    """How many tokens of it are predicted."""
-    return int(split.answers.sum()) if isinstance(split, Examples) else len(split) - 1
+def predicted(split: np.ndarray | Rows) -> int:
+    """How many tokens, or labels, of it are predicted."""
+    return split.targets if isinstance(split, Rows) else len(split) - 1
 
 
-def training_targets(split: np.ndarray | Examples, block_size: int, step: int, size: int, seed: int) -> int:
+def training_targets(split: np.ndarray | Rows, block_size: int, step: int, size: int, seed: int) -> int:
     """How many targets the step after ``step`` others has, of ``size`` samples."""
-    if isinstance(split, Examples):
+    if isinstance(split, Rows):
         return int(split.counts(block_size)[split.order(size, step * size, seed, size)].sum())
     return size * block_size
 
 
 def training_batch(
-    split: np.ndarray | Examples, block_size: int, batch_size: int, first: int, seed: int, step: int = 1
-) -> tuple[Tensor, Tensor]:
+    split: np.ndarray | Rows, block_size: int, batch_size: int, first: int, seed: int, step: int = 1
+) -> tuple[Tensor, ...]:
     """Samples ``first`` to ``first + batch_size - 1`` of the endless training order, as inputs and
-    targets (batch_size, block_size) of int64; of examples, as long as the longest of them, at most
-    ``block_size``, where each ``step`` samples are of like length.
+    targets (batch_size, block_size) of int64; of rows, what their kind has, as long as the longest of
+    them, at most ``block_size``, where each ``step`` samples are of like length.
 
     Each epoch cuts the text into blocks from another offset and takes them in another order. The
     order is a function of ``seed`` and the sample's number alone: to resume there is no state to
     restore."""
-    if isinstance(split, Examples):
+    if isinstance(split, Rows):
         return split.rows(split.order(batch_size, first, seed, step), block_size)
     per_epoch = max(1, (len(split) - block_size) // block_size)
     starts = np.empty(batch_size, np.int64)
@@ -378,17 +413,17 @@ def _epoch(length: int, block_size: int, per_epoch: int, epoch: int, seed: int) 
 
 
 def evaluation_batches(
-    split: np.ndarray | Examples,
+    split: np.ndarray | Rows,
     block_size: int,
     batch_size: int,
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, ...]]:
     """Non-overlapping blocks that predict every token after the first exactly once; the last block
     is padded with ignored targets. With ``limit``, only so many blocks, spread evenly over the
     text. ``part`` (k, n) is the k-th of n parts, which have equally many batches: blocks of ignored
-    targets alone fill up. Examples take the place of blocks."""
-    if isinstance(split, Examples):
+    targets alone fill up. Rows take the place of blocks."""
+    if isinstance(split, Rows):
         yield from split.batches(block_size, batch_size, limit, part)
         return
     starts = np.arange(0, len(split) - 1, block_size)

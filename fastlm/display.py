@@ -23,7 +23,7 @@ class TrainingDisplay:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn(f"{{task.fields[speed]:,.0f}} {trainer.unit}/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -48,8 +48,7 @@ class TrainingDisplay:
     def report(self, kind: str, values: dict) -> None:
         if kind == "eval":
             self.progress.print(
-                f"step {values['step']:>6}   training loss {self.loss:.3f}   "
-                f"validation {values['bits_per_byte']:.3f} bits/byte"
+                f"step {values['step']:>6}   training loss {self.loss:.3f}   validation {_shown(values)}"
             )
             return
         self.loss = _smooth(self.loss, values["loss"])
@@ -62,6 +61,14 @@ class TrainingDisplay:
             loss=self.loss,
             speed=self.tokens / self.seconds,
         )
+
+
+def _shown(values: dict) -> str:
+    if "accuracy" in values:
+        return (
+            f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.1%}, macro F1 {values['macro_f1']:.3f}"
+        )
+    return f"{values['bits_per_byte']:.3f} bits/byte"
 
 
 def _smooth(old: float | None, new: float) -> float:

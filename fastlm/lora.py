@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastlm.files import write_files
+from fastlm.files import read_json, write_files
 from fastlm.models.base import Model, check_finite, packed, read_tensors
 from fastlm.options import TrainOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of all names in PEFT's files
+PREFIX = "base_model.model."  # of all names in PEFT's files
 
 
 def _peft():
@@ -88,7 +88,7 @@ def stored_tensors(model: Model) -> dict[str, Tensor]:
     """What is trained of an adapted model, by its name in PEFT's file."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = _peft().get_peft_model_state_dict(model, trained, save_embedding_layers=False)
-    return {_PREFIX + name: p for name, p in found.items()}
+    return {PREFIX + name: p for name, p in found.items()}
 
 
 @torch.no_grad()
@@ -106,10 +106,10 @@ def load_tensors(model: Model, tensors: dict[str, Tensor], path: str | os.PathLi
 
 def save(folder: Path, model: Model, tensors: dict[str, Tensor], base: str) -> None:
     """Writes PEFT's two files; ``base`` is the folder of the model without adapters."""
-    _write(folder, model.peft_config["default"].to_dict(), tensors, base)
+    write(folder, model.peft_config["default"].to_dict(), tensors, base)
 
 
-def _write(folder: Path, values: dict, tensors: dict[str, Tensor], base: str | None) -> None:
+def write(folder: Path, values: dict, tensors: dict[str, Tensor], base: str | None) -> None:
     values |= {"base_model_name_or_path": base, "inference_mode": True}
     folder.mkdir(parents=True, exist_ok=True)
     write_files(
@@ -118,6 +118,11 @@ def _write(folder: Path, values: dict, tensors: dict[str, Tensor], base: str | N
             folder / CONFIG: (json.dumps(values, indent=2, default=sorted) + "\n").encode(),
         }
     )
+
+
+def read_config(folder: Path) -> dict:
+    """PEFT's, as :func:`save` wrote it; ``ValueError`` where it is damaged."""
+    return read_json(folder / CONFIG)
 
 
 def holds_one(folder: Path) -> bool:

@@ -450,7 +450,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 _LinearLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.modules.loss._WeightedLoss)
 
 
-def _only_multiplies(layer: torch.nn.Module) -> bool:
+def only_multiplies(layer: torch.nn.Module) -> bool:
     """Whether a linear layer's parameters say all that calling it does."""
     hooks = (
         layer._forward_pre_hooks,
@@ -540,7 +540,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
             "softcap": self.softcap,
             "return_lse": self.return_lse,
         }
-        if not _only_multiplies(self.linear):
+        if not only_multiplies(self.linear):
             ignored = -100 if self.ignore_index is None else self.ignore_index
             logits = self.linear(input).unflatten(-1, shape)
             return functional.cross_entropy(logits, target, ignore_index=ignored, **options)

@@ -59,7 +59,7 @@ class TrainOptions:
     model: str | None = _option(None, "gpt or gru [default: gpt]")
     data: list[str] | None = _option(
         None,
-        "text files or folders, or .jsonl files of instructions and answers "
+        "text files or folders, or .jsonl files of instructions and answers, or of texts and labels "
         "[default: the source of Python's standard library]",
     )
     tokenizer: str | None = _option(

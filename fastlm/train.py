@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ from fastlm.data import (
     training_targets,
 )
 from fastlm.files import naming, write_file
-from fastlm.models import MODELS, LanguageModel
-from fastlm.models.base import not_finite
+from fastlm.models import MODELS, SequenceClassifier, SequenceClassifierConfig
+from fastlm.models.base import Model, not_finite
 from fastlm.options import PRESETS, TrainOptions
 from fastlm.processes import Alone, Lost, join
 from fastlm.tokenizer import Tokenizer, load_tokenizer
@@ -43,8 +43,8 @@ TIMED_STEPS = 20  # a timed run plans its number of steps after so many
 LATE = 1.25  # and again where it would take so many times its time
 
 
-def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
-    """The model that the options describe, with fresh weights."""
+def build_model(options: TrainOptions, tokenizer: Tokenizer, labels: Sequence[str] | None = None) -> Model:
+    """The model that the options describe, with fresh weights; with ``labels``, their classifier."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
     values = PRESETS[options.model] | {k: v for k, v in given.items() if v is not None}
     values |= {
@@ -56,10 +56,13 @@ def build_model(options: TrainOptions, tokenizer: Tokenizer) -> LanguageModel:
         values |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), values["dropout"])
     else:
         values["tie_word_embeddings"] = options.tie and values["n_embd"] == values["n_hidden"]
-    return MODELS[options.model](MODELS[options.model].config_from_dict(values))
+    config = MODELS[options.model].config_from_dict(values)
+    if labels is not None:
+        return SequenceClassifier(SequenceClassifierConfig(config, labels))
+    return MODELS[options.model](config)
 
 
-def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.AdamW:
+def make_optimizer(model: Model, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (biases, norms) don't."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -70,34 +73,36 @@ def make_optimizer(model: LanguageModel, options: TrainOptions) -> torch.optim.A
 
 
 @torch.no_grad()
-def evaluate(
-    model: LanguageModel,
+def measure(
+    model: Model,
     split,
     block_size: int,
     batch_size: int = 16,
     limit: int | None = None,
     processes: Alone | None = None,
-) -> float:
-    """Mean loss in nats a token over ``split``: tokens (N,), each after the first predicted once within
-    its block, or examples; with ``limit``, over so many blocks or examples of it. The processes share
-    them. ``ValueError`` where no target lies within a block."""
+) -> dict[str, float]:
+    """The model's metrics over ``split``: tokens (N,), each after the first predicted once within its block,
+    examples, or labelled texts; with ``limit``, over so many blocks or rows of it. ``loss`` is a mean in nats
+    a target; a classifier has ``accuracy`` and ``macro_f1`` too. The processes share the batches.
+    ``ValueError`` where no target lies within a block."""
     processes = processes or Alone()
     device = next(model.parameters()).device
-    training, total, count = model.training, 0.0, 0
+    training, totals = model.training, []
     model.eval()
     part = processes.rank, processes.size
-    for idx, targets in evaluation_batches(split, block_size, batch_size, limit, part):
-        n = int((targets >= 0).sum())
-        loss = model(idx.to(device), targets.to(device)).item()
-        if n:  # else a batch that only keeps step with other processes
-            total += loss * n
-            count += n
+    for batch in evaluation_batches(split, block_size, batch_size, limit, part):
+        totals.append(model.tally(*(t.to(device) for t in batch)))
     model.train(training)
     processes.release(model)
-    total, count = processes.sum(total, count)
-    if not count:
+    totals = processes.sum(*map(math.fsum, zip(*totals, strict=True)))
+    if not totals or not totals[1]:
         raise ValueError(f"evaluate: nothing to predict within blocks of {block_size} tokens")
-    return total / count
+    return model.metrics(totals)
+
+
+def evaluate(model: Model, split, block_size: int, *arguments, **options) -> float:
+    """The ``loss`` of :func:`measure`, whose arguments these are."""
+    return measure(model, split, block_size, *arguments, **options)["loss"]
 
 
 class Interrupted(Exception):
@@ -162,7 +167,7 @@ class Trainer:
         options: TrainOptions,
         corpus: Corpus,
         tokenizer: Tokenizer,
-        model: LanguageModel,
+        model: Model,
         run: checkpoint.Run,
         report: Callable[[str, dict], None] = lambda kind, values: None,
         processes: Alone | None = None,
@@ -179,7 +184,8 @@ class Trainer:
         self.wrapped = self.processes.wrap(self.model, options.parallel, self.device)
         self.optimizer = make_optimizer(self.model, options)
         self.progress = Progress(max_steps=options.max_steps)
-        self.bytes_per_token = len(corpus.val_text) / predicted(corpus.val)
+        self.bytes_per_token = len(corpus.val_text) / predicted(corpus.val)  # 0: of labels
+        self.unit = "tokens" if corpus.labels is None else "texts"  # of targets
         self.interrupted = False
         self.saved = False
         self.metrics_path = run.folder / "metrics.jsonl"
@@ -236,10 +242,14 @@ class Trainer:
 
     def final_loss(self) -> float:
         """Of the model that the run keeps, over the whole validation text."""
+        return self.final_metrics()["loss"]
+
+    def final_metrics(self) -> dict[str, float]:
+        """As :meth:`final_loss`."""
         read = self.processes.first(lambda: checkpoint.load_weights(self.run.folder))
         self._load_weights(self.run.folder, read)
         options = self.options
-        return evaluate(self.model, self.corpus.val, options.block_size, processes=self.processes)
+        return measure(self.model, self.corpus.val, options.block_size, processes=self.processes)
 
     # The loop
 
@@ -356,13 +366,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         options, progress = self.options, self.progress
-        loss = evaluate(
+        metrics = measure(
             self.model,
             self.corpus.val,
             options.block_size,
             limit=options.eval_blocks,
             processes=self.processes,
         )
+        loss = metrics["loss"]
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}"
             self.processes.every(lambda: self._diverged(what))
@@ -376,7 +387,9 @@ class Trainer:
             else:
                 progress.bad_evaluations += 1
                 progress.stopped = progress.bad_evaluations >= options.patience
-        self._log("eval", loss=loss, bits_per_byte=loss / math.log(2) / self.bytes_per_token)
+        if self.bytes_per_token:
+            metrics["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        self._log("eval", **metrics)
 
     # Logs
 
@@ -465,9 +478,7 @@ def start(
     return Trainer(options, *parts, run or checkpoint.Run(folder, locked=False), report, processes)
 
 
-def _keep_base(
-    options: TrainOptions, run, processes: Alone, tokenizer: Tokenizer, model: LanguageModel
-) -> None:
+def _keep_base(options: TrainOptions, run, processes: Alone, tokenizer: Tokenizer, model: Model) -> None:
     if options.lora is not None:
         processes.first(lambda: run.save_base(model, tokenizer))
 
@@ -522,18 +533,17 @@ def _summary_writer():
 
 def _parts(
     options: TrainOptions, processes: Alone, last: Path | None = None
-) -> tuple[Corpus, Tokenizer, LanguageModel]:
+) -> tuple[Corpus, Tokenizer, Model]:
     """``last``: the checkpoint that a run goes on from, whose weights are loaded later."""
     processes.check_same("options", options)
     processes.every(lambda: _set_up(options, processes))
-    origin, kind = last or options.init_from, None
+    origin, kind, names = last or options.init_from, None, None
     if origin is None:
         tokenizer = processes.every(lambda: load_tokenizer(options.tokenizer))
     else:
         described = processes.first(lambda: _describe(Path(origin), options.block_size))
         origin, kind, config, tokenizer = processes.tell(described)
-        if options.lora is not None:
-            processes.every(lambda: _check_adapters(kind, config, options))
+        names = config.labels if kind is SequenceClassifier else None
     folder = processes.each_machine(
         lambda: (
             prepare(
@@ -542,6 +552,7 @@ def _parts(
                 block_size=options.block_size,
                 val_bytes=options.val_bytes,
                 cache=options.cache,
+                names=names,
             ).folder
         )
     )
@@ -549,16 +560,21 @@ def _parts(
     processes.check_same("text to train on", corpus.key)
     torch.manual_seed(options.seed)
     if kind is None:
-        return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer))
+        return corpus, tokenizer, processes.every(lambda: build_model(options, tokenizer, corpus.labels))
+    if corpus.labels is not None and names is None:  # of a language model, all but its head
+        kind, config = SequenceClassifier, SequenceClassifierConfig(config, corpus.labels)
+    if options.lora is not None:
+        processes.every(lambda: _check_adapters(kind, config, options))
     model = processes.every(lambda: kind(config))
     if last is None or options.lora is not None:  # else all of them are the checkpoint's
 
         def read():
-            whole = origin if last is None else checkpoint.base_of(origin)
-            return checkpoint.load_model(whole)[0].stored_tensors()
+            model = checkpoint.load_model(origin)[0] if last is None else checkpoint.load_base(origin)
+            return model.stored_tensors()
 
         weights = processes.spread(processes.first(read), {})
-        processes.every(lambda: model.load_tensors(weights, origin))
+        place = model.body if corpus.labels is not None and names is None else model
+        processes.every(lambda: place.load_tensors(weights, origin))
     return corpus, tokenizer, model
 
 
@@ -566,13 +582,13 @@ def _describe(origin: Path, block_size: int):
     """The folder of weights that ``origin`` stands for, and what it holds."""
     folder = checkpoint.find_model(origin)
     kind, config, tokenizer = checkpoint.describe(folder)
-    limit = getattr(config, "n_positions", None)
+    limit = getattr(getattr(config, "body", config), "n_positions", None)
     if limit is not None and block_size > limit:
         raise ValueError(f"{origin}: its context is {limit}, block_size is {block_size}")
     return folder, kind, config, tokenizer
 
 
-def _check_adapters(kind: type[LanguageModel], config, options: TrainOptions) -> None:
+def _check_adapters(kind: type[Model], config, options: TrainOptions) -> None:
     """``ValueError`` where such a model can't have them, before anything is read or written."""
     with torch.device("meta"):
         lora.adapt(kind(config), options)

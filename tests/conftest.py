@@ -21,6 +21,7 @@ torch.backends.cudnn.allow_tf32 = False
 TRAINING = ("numpy", "safetensors", "tokenizers")
 NEEDS = {
     "test_backends.py": ("ninja", "triton"),
+    "test_classifier.py": (*TRAINING, "rich", "typer"),
     "test_cli.py": (*TRAINING, "rich", "typer"),
     "test_cuda_attention.py": ("ninja",),
     "test_cuda_gru.py": ("ninja",),
@@ -29,6 +30,7 @@ NEEDS = {
     "test_distributed.py": (*TRAINING, "rich", "typer"),
     "test_finetune.py": (*TRAINING, "rich", "typer"),
     "test_hypothesis.py": ("hypothesis",),
+    "test_lora.py": (*TRAINING, "peft", "rich", "typer"),
     "test_opinfo.py": ("expecttest", "numpy"),
     "test_simt.py": ("ninja",),
     "test_soak.py": (*TRAINING, "rich", "tensorboard"),

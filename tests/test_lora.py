@@ -5,20 +5,18 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 import torch
+from test_distributed import _train, call, check_alike  # noqa: F401 - call is a fixture
+from test_distributed import pytestmark as needs_gloo
+from test_finetune import corpus, options, run, save_library_model, words, write_lines  # noqa: F401
+from test_finetune import tokens as byte_tokens
 
-peft = pytest.importorskip("peft", reason="the adapters are its")
-
-from test_distributed import _train, call, check_alike  # noqa: E402, F401 - call is a fixture
-from test_distributed import pytestmark as needs_gloo  # noqa: E402
-from test_finetune import corpus, options, run, save_library_model, words  # noqa: E402, F401
-from test_finetune import tokens as byte_tokens  # noqa: E402
-
-from fastlm import checkpoint  # noqa: E402
-from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig  # noqa: E402
-from fastlm.tokenizer import ByteTokenizer  # noqa: E402
-from fastlm.train import resume, start  # noqa: E402
+from fastlm import checkpoint
+from fastlm.models import GPT, GRULM, GPTConfig, GRULMConfig
+from fastlm.tokenizer import ByteTokenizer
+from fastlm.train import resume, start
 
 V = 100
 KINDS = {
@@ -331,3 +329,47 @@ def test_two_processes_train_the_same_adapters(call, options, tmp_path):  # noqa
     trainer = resume(tmp_path / "gru-fsdp")
     trainer.train()
     check_alike(tmp_path / "gru-fsdp", tmp_path / "gru-alone", rtol=1e-3)
+
+
+# ---- adapters for the transformers library -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("labelled", [False, True], ids=["lm", "classifier"])
+def test_export_of_adapters(run, options, words, tmp_path, kind, labelled):  # noqa: F811
+    """Trained here for a folder of the library's, they load there with PEFT alone."""
+    hf = pytest.importorskip("transformers")
+    save_library_model(tmp_path / "theirs", hf, words, kind)
+    given = {"init_from": str(tmp_path / "theirs"), "lora": 2, "lr": 0.1}
+    if kind == "llama" and not labelled:
+        given["lora_targets"] = ["c_attn", "c_proj", "c_fc", "wte", "lm_head"]  # not tied
+    if labelled:
+        lines = [{"text": f"line {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
+        given["data"] = [write_lines(tmp_path / "x.jsonl", *lines)]
+    start(options(**given), tmp_path / "run").train()
+    status, output, errors = run("export run --adapter adapter")
+    assert status == 0 and "AutoPeftModelFor" in output, errors
+    assert "exists and is not an empty folder" in run("export run --adapter adapter")[2]
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == given["init_from"]
+    assert config["task_type"] == ("SEQ_CLS" if labelled else "CAUSAL_LM")
+    load = peft.AutoPeftModelForSequenceClassification if labelled else peft.AutoPeftModelForCausalLM
+    theirs = load.from_pretrained("adapter").eval()
+    ours, _ = checkpoint.load_model("run")
+    before, _ = checkpoint.load_model("theirs")
+    idx = byte_tokens(1) % 200
+    expected = ours(idx)
+    torch.testing.assert_close(theirs(idx).logits, expected, rtol=1e-3, atol=1e-4)
+    assert labelled or (expected - before(idx)).abs().max() > 0.1
+
+
+def test_adapters_that_are_not_there(run, tmp_path):  # noqa: F811
+    for kind in ("gpt", "gru"):
+        save_origin(tmp_path / kind, kind)
+    for command, message in (
+        ("gpt --adapter new", "gpt: no low-rank adapters here, which fastlm train --lora makes"),
+        ("gpt --to new --base x", "--base is of adapters: give --adapter too"),
+    ):
+        status, _, errors = run(f"export {command}")
+        assert status == 2 and message in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "new").exists()

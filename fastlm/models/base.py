@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlm import functional as fused
 from fastlm import generate as decoding
 from fastlm.files import read_json, write_file, write_files
-from fastlm.nn import Linear
+from fastlm.nn import only_multiplies
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files, as the transformers library writes them
@@ -53,7 +53,7 @@ class Model(nn.Module):
         transformers library, those of ``state_dict``. ``OSError`` where they can't be written."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": self.model_type, **dataclasses.asdict(self.config), **extra}
+        config = self.config_values() | extra
         tensors = self.stored_tensors() if state_dict is None else state_dict
         write_files(
             {
@@ -62,15 +62,27 @@ class Model(nn.Module):
             }
         )
 
+    def config_values(self) -> dict:
+        """What ``config.json`` says of the model."""
+        return {"model_type": self.model_type, **dataclasses.asdict(self.config)}
+
+    def tally(self, *batch: Tensor) -> list[float]:
+        """Sums over a batch of evaluation that :meth:`metrics` wants of all: of the losses, the targets, and
+        others."""
+        raise NotImplementedError
+
+    def metrics(self, totals: Sequence[float]) -> dict[str, float]:
+        """The loss, and what else tells how good the model is, of the tallies' sum."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Model":
         """Loads what :meth:`save_pretrained` wrote. ``ValueError`` where a file is missing, damaged
         or of another model, or a weight isn't finite."""
         config = read_config(folder)
-        if config.get("model_type", cls.model_type) not in cls.accepted_types():
-            raise ValueError(
-                f"{folder}: holds a model of type {config['model_type']!r}, expected {cls.model_type!r}"
-            )
+        named = config.get("model_type", cls.model_type)
+        if named not in cls.accepted_types():
+            raise ValueError(f"{folder}: holds a model of type {named!r}, expected {cls.model_type!r}")
         config = cls.config_from_dict(config)
         cls.check_stored(config, folder)
         try:
@@ -118,8 +130,18 @@ class Model(nn.Module):
 
 
 class LanguageModel(Model):
-    """A model of the next token. Subclasses define ``forward``, ``prefill`` and ``decode`` (see
-    ``fastlm/generate.py``)."""
+    """A model of the next token. Subclasses define ``features`` (what the head reads), ``forward``, and
+    ``prefill`` and ``decode`` (see ``fastlm/generate.py``)."""
+
+    head_name: str
+
+    def tally(self, idx: Tensor, targets: Tensor) -> list[float]:
+        """The sum of the losses, and how many targets there are."""
+        loss, count = self(idx, targets).item(), int((targets >= 0).sum())
+        return [loss * count if count else 0.0, float(count)]
+
+    def metrics(self, totals: Sequence[float]) -> dict[str, float]:
+        return {"loss": totals[0] / totals[1]}
 
     def generate(self, prompts, max_new_tokens: int, **options) -> list[list[int]]:
         """New tokens for each row of ``prompts``; see :func:`fastlm.generate.stream`."""
@@ -225,7 +247,7 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of ``head(x)``, x (B, T, C) and targets (B, T). A plain layer's logits are never in
     memory; what an adapter around it gives is not its weight's alone."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    if type(head) is Linear:
+    if only_multiplies(head):
         return fused.linear_cross_entropy(x, head.weight, targets, linear_bias=head.bias)
     return fused.cross_entropy(head(x), targets)
 

@@ -232,6 +232,7 @@ class GPT(LanguageModel):
     config_class = GPTConfig
     model_type = "gpt"
     lora_targets = ("c_attn", "c_proj", "c_fc")
+    head_name = "lm_head"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -269,10 +270,14 @@ class GPT(LanguageModel):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         check_tokens("GPT", idx, targets, self.max_length)
-        x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
+        x = self.features(idx)
         if targets is None:
             return self.lm_head(x)
         return head_loss(self.lm_head, x, targets)
+
+    def features(self, idx: Tensor) -> Tensor:
+        """The final hidden states (B, T, C) for tokens (B, T)."""
+        return self._hidden(idx, torch.arange(idx.shape[1], device=idx.device))
 
     def _hidden(
         self, idx: Tensor, positions: Tensor, cache: KVCache | None = None, prefill: bool = False

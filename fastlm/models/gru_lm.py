@@ -62,6 +62,7 @@ class GRULM(LanguageModel):
     config_class = GRULMConfig
     model_type = "gru"
     lora_targets = ("gru",)
+    head_name = "head"
 
     def __init__(self, config: GRULMConfig):
         super().__init__()
@@ -113,13 +114,20 @@ class GRULM(LanguageModel):
         return_state: bool = False,
     ):
         check_tokens("GRULM", idx, targets, None)
-        x, state = self.gru(self.dropout(self.embedding(idx)), state)
-        x = self.dropout(x)
+        x, state = self._hidden(idx, state)
         if targets is None:
             result = self.head(x)
         else:
             result = head_loss(self.head, x, targets)
         return (result, state) if return_state else result
+
+    def features(self, idx: Tensor) -> Tensor:
+        """The hidden states (B, T, H) that the head reads for tokens (B, T)."""
+        return self._hidden(idx, None)[0]
+
+    def _hidden(self, idx: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, state = self.gru(self.dropout(self.embedding(idx)), state)
+        return self.dropout(x), state
 
     def prefill(self, idx: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         """Reads right-padded prompts (B, T); returns the logits (B, V) after each row's last token

@@ -135,13 +135,16 @@ def llama_values(config) -> dict:
     }
 
 
-def llama_tensors(tensors: dict[str, Tensor], values: dict) -> dict[str, Tensor]:
-    """The inverse of :func:`rename`, for the ``values`` of a Llama."""
+def _rows(values: dict) -> dict[str, list[int]]:
+    """Of a GPT's matrix, how many are of each of a Llama's."""
     D = values["hidden_size"] // values["num_attention_heads"]
     kv = values["num_key_value_heads"] * D
-    rows = {"attn.c_attn": [values["hidden_size"], kv, kv], "mlp.c_fc": [values["intermediate_size"]] * 2}
-    rest = {ours: theirs for theirs, ours in _REST.items()}
-    renamed = {}
+    return {"attn.c_attn": [values["hidden_size"], kv, kv], "mlp.c_fc": [values["intermediate_size"]] * 2}
+
+
+def llama_tensors(tensors: dict[str, Tensor], values: dict) -> dict[str, Tensor]:
+    """The inverse of :func:`rename`, for the ``values`` of a Llama."""
+    rows, rest, renamed = _rows(values), {ours: theirs for theirs, ours in _REST.items()}, {}
     for name, tensor in tensors.items():
         if name in rest:
             body = "" if name.startswith("lm_head") else "model."
@@ -151,4 +154,22 @@ def llama_tensors(tensors: dict[str, Tensor], values: dict) -> dict[str, Tensor]
         whole = tensor.t() if tensor.dim() == 2 else tensor
         for theirs, part in zip(_BLOCK[ours], whole.split(rows.get(ours, len(whole))), strict=True):
             renamed[f"model.layers.{layer}.{theirs}.{kind}"] = part
+    return renamed
+
+
+def llama_adapters(tensors: dict[str, Tensor], values: dict) -> dict[str, Tensor]:
+    """Low-rank adapters of GPT's layers as those of a Llama with these ``values``: of the parts of a matrix, each
+    has its A (r, in) and their rows of its B (out, r). Other tensors (a classifier's) keep their names."""
+    rows, renamed = _rows(values), {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(lora_([AB])\.weight)", name):
+            layer, ours, rest, side = match.groups()
+            parts = _BLOCK[ours]
+            split = (
+                tensor.split(rows.get(ours, len(tensor))) if side == "B" else [tensor.clone() for _ in parts]
+            )
+            for theirs, part in zip(parts, split, strict=True):
+                renamed[f"model.layers.{layer}.{theirs}.{rest}"] = part
+        else:
+            renamed[name.replace("transformer.wte.", "model.embed_tokens.")] = tensor
     return renamed
