@@ -4,9 +4,11 @@
     python examples/gpt.py --data notes.txt book/        # on any text files and folders
     python examples/gpt.py --window 64 --dtype bfloat16
 
-What fastlm does here: fused attention forward and backward, which has sliding windows without a mask in memory;
-fastlm.linear with the activation in the same call; a loss fused with the head, so that logits of all tokens
-are never in memory, with a z-loss that keeps them from drifting.
+What fastlm does here: fused attention forward and backward, with ALiBi, which takes the place of positions, and
+sliding windows, neither of which is ever a mask in memory; fastlm.linear with the activation in the same call; a
+loss fused with the head, so that logits of all tokens are never in memory, with a z-loss that keeps them small.
+
+ALiBi: Press et al. 2021, arXiv:2108.12409; z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
 """
 
 import argparse
@@ -25,16 +27,18 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, window: int | None):
         super().__init__()
         self.heads, self.window = heads, (-1, -1) if window is None else (window - 1, 0)
+        slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
+        self.register_buffer("slopes", slopes, persistent=False)  # (H,): a score falls so fast with distance
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = fastlm.nn.Linear(width, 3 * width), fastlm.nn.Linear(width, width)
         self.up, self.down = fastlm.nn.Linear(width, 4 * width), fastlm.nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, D)
-        y = fastlm.scaled_dot_product_attention(q, k, v, is_causal=True, window_size=self.window)
+        q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = fastlm.scaled_dot_product_attention(  # q, k, v, y: (B, H, T, D)
+            q, k, v, is_causal=True, window_size=self.window, alibi_slopes=self.slopes
+        )
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         hidden = fastlm.linear(self.norm_2(x), self.up.weight, self.up.bias, activation="gelu")
         return x + self.down(hidden)
@@ -48,7 +52,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.context = context
-        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, window if i % 2 else None) for i in range(layers))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
@@ -58,7 +62,7 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens (B, T): what the head reads, (B, T, C)."""
-        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -110,9 +114,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--window", type=int, help="tokens that every second layer sees [default: all]")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
+    parser.add_argument("--prompt", default="import ", help="what the sample begins with")
     parser.add_argument("--write", type=int, default=400, help="bytes of the sample at the end")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -155,7 +160,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
                 f"held out {found[-1]:.3f} bits/byte   {speed:,.0f} tokens/s"
             )
     if options.write:
-        print(tokenizer.decode(model.write(text[:1].long(), options.write).tolist()))
+        prompt = torch.tensor([tokenizer.end_of_text, *options.prompt.encode()])
+        print(tokenizer.decode(model.write(prompt, options.write).tolist()))
     return found
 
 

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--length", type=int, default=128, help="tokens that each reads in a step")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--prompt", default="import ", help="what the sample begins with")
     parser.add_argument("--write", type=int, default=400, help="bytes of the sample at the end")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -107,7 +108,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
                 f"held out {found[-1]:.3f} bits/byte   {speed:,.0f} tokens/s"
             )
     if options.write:
-        print(tokenizer.decode(model.write(text[:1].long(), options.write).tolist()))
+        prompt = torch.tensor([tokenizer.end_of_text, *options.prompt.encode()])
+        print(tokenizer.decode(model.write(prompt, options.write).tolist()))
     return found
 
 

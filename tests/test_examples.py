@@ -55,14 +55,14 @@ def test_table():
 
 def test_gru_lm(text, capsys):
     bits = example("gru_lm")(
-        ["--data", text, *"--hidden 64 --batch-size 8 --length 48 --steps 120 --write 60".split()]
+        ["--data", text, *"--hidden 64 --batch-size 8 --length 48 --steps 120 --write 60 --prompt 17".split()]
     )
     assert bits[0] > 7 and bits[-1] < 1.2
     assert re.search(r"\d apples", capsys.readouterr().out)
 
 
 def test_gpt(text, capsys):
-    size = "--width 48 --heads 2 --layers 2 --context 64 --window 24 --steps 150 --write 60"
+    size = "--width 48 --heads 2 --layers 2 --context 64 --window 24 --steps 150 --write 60 --prompt 17"
     bits = example("gpt")(["--data", text, *size.split()])
     assert bits[0] > 7 and bits[-1] < 1.5
     assert re.search(r"\d apples", capsys.readouterr().out)
