@@ -296,7 +296,7 @@ def memory(sweep: Sweep) -> str:
     for n in sizes:
         drawing.line(x(n), y.start, x(n), y.end, "grid")
         drawing.text(x(n), y.start + 16, number(n), "soft", "middle")
-    for tick in y.ticks(2, 7):
+    for tick in y.ticks(4):
         drawing.line(x.start, y(tick), x.end, y(tick), "grid")
         drawing.text(x.start - 6, y(tick) + 4, "≤ 1 MiB" if tick == 2**20 else size(tick), "soft", "end")
     drawing.text(0, 11, "at the peak, beyond inputs and results", "soft")

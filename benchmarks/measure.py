@@ -224,9 +224,12 @@ def repeats(call: Callable) -> int:
 # Memory
 
 
-def peak_memory(workload: Workload, shapes: list, tasks: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """Extra bytes at the peak of one call, beyond its inputs and results, by (kind, contender);
-    empty where the operating system doesn't tell.
+def peak_memory(
+    workload: Workload, shapes: list, tasks: list[tuple[str, str]]
+) -> dict[tuple[str, str], int | None]:
+    """Extra bytes at the peak of one call, beyond its inputs and results, by (kind, contender); None for
+    a call whose process died, as one does that runs out of memory; empty where the operating system
+    doesn't tell.
 
     Each call runs in a process of its own, forked where the inputs are in memory and no thread has
     started. What the contender keeps for later calls (a library's buffers) counts; a training step
@@ -261,7 +264,8 @@ def sweep(operator: str, dtype: torch.dtype, most: int | None = None) -> Sweep |
         shapes = [x.shape for x in workload.problem().call(FASTLM, FORWARD)()]
         tasks = [(BOTH, name) for name in workload.contenders if name != COMPILED]
         for (_, name), size in peak_memory(workload, shapes, tasks).items():
-            made.memory.setdefault(name, {})[n] = size
+            if size is not None:
+                made.memory.setdefault(name, {})[n] = size
     return made if made.memory else None
 
 
@@ -276,7 +280,7 @@ def _measure_memory(pipe, workload, shapes, tasks, threads: int) -> None:
             pipe.send(_extra_memory(problem, kind, contender))
             os._exit(0)
         if os.waitpid(child, 0)[1] != 0:
-            return
+            pipe.send(None)
 
 
 def _extra_memory(problem, kind: str, contender: str) -> int:

@@ -2,10 +2,14 @@
 
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +172,29 @@ def test_memory_chart():
     assert squares[0][1] - squares[1][1] == pytest.approx(squares[1][1] - squares[2][1], abs=0.2)
     assert len({y for _, y in flat}) == 1 and flat[0][1] > squares[0][1]
     assert "64 MiB" in svg and "fastlm, below 1 MiB" in svg
+
+
+class Deadly:
+    """A workload of which one contender's process is killed, as where memory runs out."""
+
+    stateful = False
+
+    def problem(self):
+        return self
+
+    def draw_cotangents(self, shapes):
+        pass
+
+    def call(self, contender, kind):
+        return (lambda: os.kill(os.getpid(), signal.SIGKILL)) if contender == "deadly" else lambda: []
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux alone")
+def test_memory_of_what_dies(restore_threads):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    measure._measure_memory(theirs, Deadly(), [], [("forward", "deadly"), ("forward", "good")], 1)
+    assert ours.recv() is None
+    assert ours.recv() >= 0
 
 
 def test_apart():
