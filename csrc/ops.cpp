@@ -47,6 +47,7 @@ FASTLM_LIBRARY(fastlm, m) {
       "bool weight_gradient, bool bias_gradient) -> (Tensor dinput, Tensor dlinear_weight, "
       "Tensor dlinear_bias)");
   m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
+  m.def("linear(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   m.def(
       "gru_layer(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor[] weights, bool has_biases, "
       "bool layer_norm, Tensor? update, float zoneout, bool save) -> (Tensor output, Tensor hn, "

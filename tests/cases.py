@@ -772,6 +772,32 @@ register(
 )
 
 
+# ---- linear, of a few tokens ----------------------------------------------------------------
+
+# One vector and its neighbours; rows that four dot products share, parts of K, strips of columns; nothing.
+FEW_SHAPES = [(1, 1, 1), (1, 7, 5), (2, 16, 3), (3, 17, 4), (5, 33, 9), (9, 130, 70), (1, 300, 4100)]
+FEW_SHAPES += [(0, 8, 3), (2, 0, 3), (2, 8, 0), (1, 2100, 64)]
+
+FEW_LAYOUTS = ("rows", "columns", "rows apart", "every other")  # of the weight
+
+
+def few_inputs(shape, dtype, layout, int8, biased):
+    """Input (M, K), weight (N, K), scale (N) of an int8 weight, bias (N), for the operator."""
+    M, K, N = shape
+    x = Draw.lay(torch.randn(M, K, dtype=dtype), "strided" if biased else "transposed")
+    if int8:
+        w, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N).to(dtype) / 100
+    else:
+        w, scale = torch.randn(N, K, dtype=dtype), None
+    if layout == "columns":
+        w = w.t().contiguous().t()
+    elif layout == "rows apart":
+        w = torch.cat((w, w), 1)[:, :K]
+    elif layout == "every other":
+        w = torch.stack((w, w), 2)[:, :, 0]
+    return x, w, scale, torch.randn(N).to(dtype) if biased else None
+
+
 # ---- linear_cross_entropy -----------------------------------------------------------------
 
 

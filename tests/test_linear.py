@@ -1,6 +1,7 @@
 """fastlm.linear and fastlm.nn.Linear: each way of each product, the choice among them, and drop-in manners."""
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LINEAR, Draw
+from cases import DTYPES, FEW_LAYOUTS, FEW_SHAPES, LINEAR, Draw, few_inputs
 from harness import bits, compare, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -404,7 +405,7 @@ def test_timing_leaves_generator_and_modes_alone(fresh):
     y = fastlm.linear(x.requires_grad_(), w)
     y.sum().backward()
     assert torch.equal(state, torch.get_rng_state())
-    assert len(products._chosen) == 2 and set(products._chosen.values()) <= set(products.WAYS)
+    assert len(products._chosen) == 2 and set(products._chosen.values()) <= set(products.PRODUCTS)
 
 
 def test_no_timing_on_request(fresh, monkeypatch):
@@ -514,3 +515,186 @@ def test_activation_is_in_onednns_product_only_without_gradient(monkeypatch):
             torch.testing.assert_close(fastlm.linear(x, w, activation=name), expected)
         assert called == [{}, {"activation": activation.onednn}]
         called.clear()
+
+
+# ---- a few tokens --------------------------------------------------------------------------
+
+few_tokens = torch.ops.fastlm.linear.default
+
+
+def scaled(weight, scale):
+    return weight.double() if scale is None else weight.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
+@pytest.mark.parametrize("int8", (False, True), ids=("plain", "int8"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_few_tokens(dtype, int8, layout, isa):
+    """Errors are at most twice eager's, which widens int8 first, and a rounding of the sum of all sizes."""
+    for shape in FEW_SHAPES:
+        for biased in (False, True):
+            x, w, scale, bias = few_inputs(shape, dtype, layout, int8, biased)
+            wide = None if bias is None else bias.double()
+            truth = F.linear(x.double(), scaled(w, scale), wide)
+            actual = few_tokens(x, w, scale, bias)
+            assert actual.dtype == dtype and actual.is_contiguous() and actual.shape == truth.shape
+            if truth.numel():
+                error = (F.linear(x, scaled(w, scale).to(dtype), bias) - truth).abs().amax()
+                sizes = F.linear(
+                    x.double().abs(), scaled(w, scale).abs(), None if bias is None else wide.abs()
+                )
+                rounding = (
+                    torch.finfo(dtype).eps * sizes.amax() * (2 if dtype is torch.float64 else 1)
+                )  # truth's
+                assert (actual - truth).abs().amax() <= 2 * error + rounding, shape
+
+
+@pytest.mark.parametrize("by_columns", (False, True), ids=("rows", "columns"))
+def test_few_tokens_have_the_same_bits(by_columns, restore_threads):
+    """Whatever the number of threads, and whoever stands beside them."""
+    x, w = torch.randn(11, 700), torch.randn(900, 700)
+    w = w.t().contiguous().t() if by_columns else w
+    y = few_tokens(x, w, None, None)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(y, few_tokens(x, w, None, None))
+    for m in range(11):
+        assert torch.equal(y[m : m + 1], few_tokens(x[m : m + 1], w, None, None))
+
+
+def test_few_tokens_of_no_number(isa):
+    x, w = torch.randn(2, 40), torch.randn(50, 40)
+    x[0, 3], w[7, 5], w[9, 0] = float("nan"), float("inf"), float("nan")
+    for weight in (w, w.t().contiguous().t()):
+        y, expected = few_tokens(x, weight, None, None), F.linear(x, weight)
+        assert y[0].isnan().all()
+        assert torch.equal(y[1].isnan(), expected[1].isnan()) and y[1, 7] == expected[1, 7]
+
+
+def test_few_tokens_are_asked_only_where_weights_are_large(fresh, monkeypatch):
+    asked = pretend(monkeypatch, lambda way, product: 1.0 if way == "fastlm" else 2.0)
+    ways = taken(monkeypatch)
+    large = (torch.randn(512, 256) / 16).requires_grad_()
+    for by_columns in (False, True):
+        weight = large.t().contiguous().t() if by_columns else large
+        for tokens in (1, 7):
+            x = torch.randn(tokens, 256, requires_grad=True)
+            results = []
+            for function in (fastlm.linear, F.linear):
+                y = function(x, weight, torch.ones(512))
+                results.append((y, *torch.autograd.grad(y.sin().sum(), (x, large))))
+            torch.testing.assert_close(*results)
+    assert ways == 4 * ["fastlm", "fastlm", "torch"]  # the weight's gradient has a row for each input
+    asked.clear()
+    monkeypatch.setattr(ops_linear, "_SMALL", {torch.float32: 1 << 30})
+    fastlm.linear(torch.randn(8, 256), large)
+    fastlm.linear(torch.randn(1, 256), torch.randn(511, 256))
+    assert not asked
+
+
+def test_few_tokens_read_other_weights_each_time():
+    """As a model's are by the time of the next token."""
+    kind = products.Kind(1, 768, 768, torch.float32, torch.float32, torch.float32, True, 1)
+    calls = products._samples(products.FORWARD, kind, [1, 768, 768], ("torch",))
+    weights = calls["torch"].func.__closure__
+    stored = next(c.cell_contents for c in weights if isinstance(c.cell_contents, itertools.cycle))
+    first, second = next(stored), next(stored)
+    assert first.data_ptr() != second.data_ptr()
+    assert products._CACHES <= first.untyped_storage().nbytes()
+
+
+def test_the_operator_by_itself():
+    x, w, b = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True), torch.randn(5)
+    q, s = torch.randint(-128, 128, (5, 8), dtype=torch.int8), torch.rand(5, requires_grad=True)
+    for args in ((x, w, None, b), (x, q, s, None)):
+        torch.library.opcheck(few_tokens, args)
+    y, expected = few_tokens(x, q, s, b), F.linear(x, s[:, None] * q, b)
+    for actual, right in zip(
+        *(torch.autograd.grad(out.square().sum(), (x, s)) for out in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(actual, right)
+    wrong = [
+        ((x[0], w, None, None), "input has shape"),
+        ((x, w[0], None, None), "weight has shape"),
+        ((x, w[:, :7], None, None), "weight has shape"),
+        ((x, w.double(), None, None), "weight has another dtype"),
+        ((x, q, None, None), "scale must be given"),
+        ((x, w, s, None), "scale must be given"),
+        ((x, q, s[:4], None), "scale has shape"),
+        ((x, w, None, b.double()), "bias has another dtype"),
+        ((x.int(), w.int(), None, None), "must be float64"),
+    ]
+    for args, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            few_tokens(*args)
+
+
+# ---- int8 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", (0, 1, 7, 8, 40))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_int8(dtype, tokens):
+    x = torch.randn(2, tokens, 24, dtype=dtype)
+    q, s, b = (
+        torch.randint(-128, 128, (10, 24), dtype=torch.int8),
+        torch.rand(10).to(dtype) / 100,
+        torch.randn(10),
+    )
+    for bias in (None, b.to(dtype)):
+        for activation in (None, "relu"):
+            y = fastlm.linear(x, q, bias, activation=activation, scale=s)
+            truth = F.linear(x.double(), scaled(q, s), None if bias is None else bias.double())
+            truth = truth if activation is None else truth.relu()
+            assert y.dtype == dtype
+            torch.testing.assert_close(
+                y.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps
+            )
+
+
+def test_int8_with_gradients_autocast_and_transforms():
+    q = torch.randint(-128, 128, (10, 24), dtype=torch.int8)
+    for tokens in (2, 30):
+        x, s, b = (
+            torch.randn(tokens, 24, requires_grad=True),
+            (torch.rand(10) / 100).requires_grad_(),
+            torch.randn(10),
+        )
+
+        def call(x, s):
+            return fastlm.linear(x, q, b, scale=s)  # noqa: B023
+
+        def formula(x, s):
+            return F.linear(x, s[:, None] * q, b)  # noqa: B023
+
+        results = [torch.autograd.grad(f(x, s).square().sum(), (x, s)) for f in (call, formula)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.func.jvp(f, (x, s), (x, s)) for f in (call, formula)))
+        torch.testing.assert_close(*(torch.vmap(f, (0, None))(x, s) for f in (call, formula)))
+        torch.testing.assert_close(
+            torch.compile(call, fullgraph=True, backend="aot_eager")(x, s), formula(x, s)
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = call(x, s)
+        assert y.dtype is torch.bfloat16
+        torch.testing.assert_close(
+            y.float(), formula(x, s), rtol=0.05, atol=0.05 * float(formula(x, s).abs().max())
+        )
+        with fastlm.use_backend("eager"), torch.no_grad():
+            torch.testing.assert_close(call(x, s), formula(x, s))
+
+
+def test_int8_refusals():
+    x, q, s, b = torch.randn(2, 8), torch.ones(5, 8, dtype=torch.int8), torch.ones(5), torch.ones(5)
+    wrong = [
+        ((x, q.float(), b, s), "scale is for a weight"),
+        ((x, q[0], b, s), "scale is for a weight"),
+        ((x[:, :7], q, b, s), "input must be"),
+        ((x.int(), q, b, s), "input must be"),
+        ((x, q, b, s[:, None]), "scale must be"),
+        ((x, q, b, s.double()), "scale must be"),
+        ((x, q, b[:4], s), "bias must be"),
+    ]
+    for (input, weight, bias, scale), message in wrong:
+        with pytest.raises(ValueError, match=f"fastlm.linear: {message}"):
+            fastlm.linear(input, weight, bias, scale=scale)

@@ -81,6 +81,13 @@ template <int kRounding> FASTLM_MODEL __m256i to_half(__m512 v) {
 FASTLM_MODEL __m512i widen(__m256i v) { return bits_of<__m512i>(__builtin_convertvector(bits_of<Half>(v), Words)); }
 FASTLM_MODEL __m256i narrow(__m512i v) { return bits_of<__m256i>(__builtin_convertvector(bits_of<Words>(v), Half)); }
 
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+FASTLM_MODEL __m512i widen_bytes(__m128i v) {
+  return bits_of<__m512i>(__builtin_convertvector(bits_of<Bytes>(v), Integers));
+}
+FASTLM_MODEL __m512 to_float(__m512i v) { return __builtin_convertvector(bits_of<Integers>(v), __m512); }
+
 // Subnormal numbers are zeros to the instructions of bf16, whatever MXCSR says.
 FASTLM_MODEL Words flush(Words x) { return (x & 0x7f800000u) == 0u ? x & 0x80000000u : x; }
 
@@ -131,6 +138,8 @@ FASTLM_MODEL __m512i blend(uint32_t mask, __m512i a, __m512i b) {
 #define _mm512_scalef_pd instruction::scalef_lanes<double>
 #define _mm512_cvtepu16_epi32 instruction::widen
 #define _mm512_cvtepi32_epi16 instruction::narrow
+#define _mm512_cvtepi8_epi32 instruction::widen_bytes
+#define _mm512_cvtepi32_ps instruction::to_float
 #define _mm512_cvtph_ps instruction::from_half
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(v, rounding) instruction::to_half<(rounding) & 7>(v)

@@ -18,6 +18,7 @@
   void fill(AttentionKernels&);        \
   void fill(CrossEntropyKernels&);     \
   void fill(GruKernels&);              \
+  void fill(LinearKernels&);           \
   void fill(LinearCrossEntropyKernels&); \
   void fill(PeakKernels&);             \
   }
@@ -58,6 +59,7 @@ struct Registry {
     fastlm::name::fill(table[count].attention);              \
     fastlm::name::fill(table[count].cross_entropy);          \
     fastlm::name::fill(table[count].gru);                    \
+    fastlm::name::fill(table[count].linear);                 \
     fastlm::name::fill(table[count].linear_cross_entropy);   \
     fastlm::name::fill(table[count].peak);                   \
   }                                                          \

@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "gru.h"
 #include "kernels.h"
+#include "linear.h"
 #include "linear_cross_entropy.h"
 #include "peak.h"
 
@@ -15,6 +16,7 @@ struct Kernels {
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   GruKernels gru;
+  LinearKernels linear;
   LinearCrossEntropyKernels linear_cross_entropy;
   PeakKernels peak;
 };

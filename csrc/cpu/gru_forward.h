@@ -1,10 +1,14 @@
 // Forward of gru.h: input products, then the recurrence.
 #pragma once
+#include "few_tokens.h"
 #include "gru_recurrence.h"
 
 namespace fastlm::FASTLM_ISA::gru {
 
 inline constexpr double kNormEps = 1e-5;
+
+// A single step of a few sequences, as in generation: packed weights would be used once.
+inline bool is_single(const GruParams& p) { return p.T == 1 && p.B <= kTokens && !p.weights[0].g_hh; }
 
 // Scratch of a forward call. Panels u hold the three gates of units u * lanes ... .
 template <class S> struct ForwardSpace {
@@ -17,7 +21,7 @@ template <class S> struct ForwardSpace {
   F* state;            // [D][2][B][ldh], h of the step before and of this one
   R* rounded;          // [D][2][B][ldh], the same as factors, where these are rounded
   F* products;         // [D][N][3H] x W + b, or null where these lie in the tensor of the gates
-  F* raw;              // [D][B][ldraw] h W in the order of the panels, for layer norm
+  F* raw;              // [D][B][ldraw] h W: in the order of the panels for layer norm, as it is for a single step
   F* bias;             // [D][2][3H + lanes]: b_ih + (b_hr, b_hz, 0), and b_hh for q alone
   F* gain;             // [D][2][3H + lanes]
   int64_t* lengths;    // [B]
@@ -30,12 +34,12 @@ template <class S> struct ForwardSpace {
     ldh = padded<F>(p.H);
     ldraw = padded<F>(blocks * kPanel<F>);
     division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
-    const bool norm = p.weights[0].g_hh;
-    weights = arena.take<E>(p.D * blocks * K * kPanel<F>);
+    const bool norm = p.weights[0].g_hh, single = is_single(p);
+    weights = arena.take<E>(single ? 0 : p.D * blocks * K * kPanel<F>);
     state = arena.take<F>(p.D * 2 * p.B * ldh);
     rounded = arena.take<R>(Factors<S>::kRounded ? p.D * 2 * p.B * ldh : 0);
     products = arena.take<F>(p.gates ? 0 : p.D * p.N * 3 * p.H);
-    raw = arena.take<F>(norm ? p.D * p.B * ldraw : 0);
+    raw = arena.take<F>(norm || single ? p.D * p.B * ldraw : 0);
     bias = arena.take<F>(p.D * 2 * (3 * p.H + kLanes<F>));
     gain = arena.take<F>(norm ? p.D * 2 * (3 * p.H + kLanes<F>) : 0);
     lengths = arena.take<int64_t>(p.B);
@@ -110,6 +114,8 @@ template <class S> struct Forward {
                                        const Visit& f) const;
   void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc, int64_t b,
                   int64_t s) const;
+  void single_step(int64_t d) const;
+  void recurrence() const;
   void run() const;
 };
 
@@ -117,7 +123,7 @@ template <class S> void Forward<S>::prepare(int64_t d) const {
   const GruWeights& w = p.weights[d];
   const int64_t H = p.H;
   const S* w_hh = static_cast<const S*>(w.w_hh);
-  Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.pool, H, w_hh, to); });
+  if (!is_single(p)) Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.pool, H, w_hh, to); });
   F *in = bias(d, 0), *hidden = bias(d, 1);
   widen(3 * H, static_cast<const S*>(w.b_ih), in);
   widen(3 * H, static_cast<const S*>(w.b_hh), hidden);
@@ -291,20 +297,42 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
   }
 }
 
-template <class S> void Forward<S>::run() const {
-  sequence_lengths(p, space.lengths);
-  cut_tiles(p, space.division.tiles, space.bounds);
-  for (int64_t d = 0; d < p.D; ++d) {
-    prepare(d);
-    begin_states(d);
-    input_products(d);
-  }
+// The products with both weights as they lie, a thread's part of the outputs at a time.
+template <class S> void Forward<S>::single_step(int64_t d) const {
+  const int64_t H = p.H, ldraw = space.ldraw;
+  const GruWeights& w = p.weights[d];
+  F* raw = space.raw + d * p.B * ldraw;
+  const S* h0 = static_cast<const S*>(p.h0) + d * p.B * H;
+  few_tokens<S, S, F>({p.pool, p.B, p.I, 3 * H, p.x, w.w_ih, p.I, false, nullptr, bias(d, 0), products(d), ldx});
+  few_tokens<S, S, F>({p.pool, p.B, H, 3 * H, h0, w.w_hh, H, false, nullptr, nullptr, raw, ldraw});
+  for (int64_t m = 0; m < p.B; ++m)
+    for (int64_t u = 0; u < space.blocks; ++u) {
+      const int64_t i = u * kL, lanes = least(kL, H - i);
+      F c[kPanel<F>];
+      for (int64_t g = 0; g < 3; ++g) store(c + g * kL, get<F>(raw + m * ldraw + g * H + i, lanes));
+      make_gates(d, m, 1, u, c, kPanel<F>, m, 0);
+    }
+}
+
+template <class S> void Forward<S>::recurrence() const {
   const int64_t tiles = space.division.tiles;
   lockstep(p.pool, p.D * tiles, space.division.parts, norm() ? 2 * p.T : p.T, space.counters,
            [&](int64_t group, int64_t part, int64_t phase) {
              if (norm()) step_normed(group / tiles, group % tiles, part, phase);
              else step(group / tiles, group % tiles, part, phase);
            });
+}
+
+template <class S> void Forward<S>::run() const {
+  sequence_lengths(p, space.lengths);
+  cut_tiles(p, space.division.tiles, space.bounds);
+  for (int64_t d = 0; d < p.D; ++d) {
+    prepare(d);
+    begin_states(d);
+    if (is_single(p)) single_step(d);
+    else input_products(d);
+  }
+  if (!is_single(p)) recurrence();
   for (int64_t d = 0; d < p.D; ++d) end_states(d);
 }
 

@@ -44,8 +44,8 @@ inline constexpr int kMR = 4;
 
 template <class T> inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T> concept Number = __is_same(T, float) || __is_same(T, double) || __is_same(T, uint16_t) ||
-    __is_same(T, int32_t) || __is_same(T, uint32_t) || __is_same(T, int64_t);
+template <class T> concept Number = __is_same(T, float) || __is_same(T, double) || __is_same(T, int8_t) ||
+    __is_same(T, uint16_t) || __is_same(T, int32_t) || __is_same(T, uint32_t) || __is_same(T, int64_t);
 template <class T, int kBytes> struct VectorOf {};
 template <Number T, int kBytes> struct VectorOf<T, kBytes> {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -194,6 +194,19 @@ template <class T> FASTLM_INLINE Vec<T> load(const T* p) { return load_raw<Vec<T
 template <class T> FASTLM_INLINE Vec<T> load(const bf16* p) { return widen_bf16(load_raw<Half>(p)); }
 template <class T> FASTLM_INLINE Vec<T> load(const f16* p) { return widen_f16(load_raw<Half>(p)); }
 
+// Weights of 8 bits. By name, as widen() is.
+template <class T> FASTLM_INLINE Vec<T> load(const int8_t* p) {
+  using Bytes = typename VectorOf<int8_t, kLanes<T>>::type;
+  const Bytes b = load_raw<Bytes>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return Vec<T>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(__m128i(b))));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#endif
+  return __builtin_convertvector(b, Vec<T>);
+}
+
 template <class T> FASTLM_INLINE void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTLM_INLINE void store(bf16* p, Vec<float> v) {
   const Half h = narrow_bf16(v);
@@ -265,6 +278,11 @@ template <class T> FASTLM_INLINE Vec<T> load(const bf16* p, int64_t n) {
 }
 template <class T> FASTLM_INLINE Vec<T> load(const f16* p, int64_t n) {
   return widen_f16(load_half(p, n));
+}
+template <class T> FASTLM_INLINE Vec<T> load(const int8_t* p, int64_t n) {
+  int8_t bytes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return load<T>(bytes);
 }
 template <class T> FASTLM_INLINE void store(T* p, Vec<T> v, int64_t n) {
 #if defined(__AVX512F__)

@@ -6,6 +6,8 @@
 On a CPU each of the three products goes the way that products.py finds fastest. Where these are torch's own,
 and wherever something else than plain CPU tensors comes in, the call is F.linear's, to the bit, as is any
 under torch.use_deterministic_algorithms, which leaves nothing to timing.
+
+A weight of int8 with a scale an output, y = x (s q)^T + b, is widened for the product, but for a few tokens.
 """
 
 import functools
@@ -26,6 +28,7 @@ _is_compiling = torch.compiler.is_compiling
 # Elements of input times elements of weight below which a choice gains less than it costs to look up. Other
 # dtypes have none.
 _SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 22}
+_SMALL_WEIGHT = 1 << 17
 _TYPES = (Tensor, Parameter)
 _ALL_TORCH = ("torch", "torch", "torch")
 # The ways of forward, input gradient and weight gradient; torch's too for a gradient that isn't wanted.
@@ -45,9 +48,11 @@ def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dty
     elements = input.numel()
     if type(elements) is not int:  # while torch.jit traces
         return None
-    if elements * weight.numel() < small and products.forced is None:
-        return None
-    shape = weight.shape
+    size, shape = weight.numel(), weight.shape
+    if elements * size < small and products.forced is None:
+        # Of a few tokens reading the weights takes the time.
+        if size < _SMALL_WEIGHT or elements > products.FEW * shape[-1]:
+            return None
     if len(shape) != 2 or input.dim() == 0 or input.shape[-1] != shape[1] or 0 in shape:
         return None
     dtype, autocast = input.dtype, torch.is_autocast_enabled("cpu")
@@ -55,7 +60,7 @@ def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dty
         dtype = torch.get_autocast_dtype("cpu")
     differentiated = torch.is_grad_enabled()
     tokens, threads = (elements // shape[1]).bit_length(), torch.get_num_threads()
-    kind = tokens, *shape, input.dtype, weight.dtype, dtype, weight.is_contiguous(), threads
+    kind = tokens, shape[1], shape[0], input.dtype, weight.dtype, dtype, weight.is_contiguous(), threads
     key = kind, differentiated and input.requires_grad, differentiated and weight.requires_grad
     ways = _known.get(key)
     if ways == _ALL_TORCH or not _is_ours(input, weight, bias, dtype, autocast):
@@ -73,22 +78,32 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """Whether these are plain tensors of fitting dtypes and shapes, and nothing asks for F.linear itself or
     for torch's own choice of the products."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if bias is not None and (type(bias) not in _TYPES or bias.shape != weight.shape[:1]):
+    if bias is not None and bias.shape != weight.shape[:1]:
         return False
     dtypes = products.DTYPES if autocast else (dtype,)
     for x in tensors:
-        if not x.is_cpu or x.layout is not torch.strided or x.dtype not in dtypes:
+        if x.dtype not in dtypes:
             return False
     return not (
         input.numel() == 0
         or dtype not in products.DTYPES
         or not (weight.is_contiguous() or weight.t().is_contiguous())
-        or ops._forced == "eager"
         or torch.are_deterministic_algorithms_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
         or not torch._C._get_mkldnn_enabled()
         or torch._C._get_fp32_precision_getter("mkldnn", "matmul") not in ("none", "ieee")
+        or not _are_plain(tensors)
+    )
+
+
+def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether kernels for CPUs may read these."""
+    for x in tensors:
+        if type(x) not in _TYPES or not x.is_cpu or x.layout is not torch.strided:
+            return False
+    return not (
+        ops._forced == "eager"
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or ops.under_transform(*tensors)
     )
 
@@ -156,6 +171,51 @@ ACTIVATIONS = {
     "sigmoid": _Activation(torch.sigmoid, torch.sigmoid_, ("sigmoid", "")),
     "tanh": _Activation(torch.tanh, torch.tanh_, ("tanh", "")),
 }  # fmt: skip
+
+
+@torch.library.register_fake("fastlm::linear")
+def _few_tokens_fake(input, weight, scale, bias):
+    return input.new_empty(input.size(0), weight.size(0))
+
+
+def _few_tokens_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _few_tokens_backward(ctx, dy):
+    input, weight, scale, bias = ctx.saved_tensors
+    dx = dw = dscale = None
+    scaled = dy if scale is None else dy * scale
+    if ctx.needs_input_grad[0]:
+        dx = scaled @ weight.to(dy.dtype)
+    if ctx.needs_input_grad[1]:
+        dw = dy.t() @ input
+    if scale is not None and ctx.needs_input_grad[2]:
+        dscale = (dy * (input @ weight.to(dy.dtype).t())).sum(0)
+    return dx, dw, dscale, dy.sum(0) if bias is not None and ctx.needs_input_grad[3] else None
+
+
+torch.library.register_autograd("fastlm::linear", _few_tokens_backward, setup_context=_few_tokens_save)
+
+
+def linear_int8(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer with autograd for weight (N, K) of int8 and scale (N)."""
+    tensors = (input, weight, scale) if bias is None else (input, weight, scale, bias)
+    shape = input.shape
+    if (
+        not _is_compiling()
+        and not input.is_nested
+        and input.numel() <= products.FEW * shape[-1]
+        and _are_plain(tensors)
+        and not ops.autocast_is_on(input.device)
+        and not ops.requires_grad(input, scale, bias)
+    ):
+        with products.below_autograd():
+            y = products.few_tokens(input.reshape(-1, shape[-1]), weight, scale, bias)
+        return y.view(*shape[:-1], weight.size(0))
+    y = linear(input, weight.to(input.dtype), None)
+    scale = scale.to(y.dtype)  # autocast's
+    return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

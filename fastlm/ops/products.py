@@ -5,9 +5,10 @@
     float32  operands of 16 bits are converted, multiplied as float32 by torch, and the result is rounded
              once; float32 operands under autocast are taken as they are. Where the CPU has no products of
              16 bits, torch's take up to 80 times as long (Zen 3, see benchmarks/NOTES.md).
+    fastlm   csrc/cpu/linear.h, for a few tokens, where reading the weights takes the time
 
 The three products of a linear layer are timed at their first use for a class of shapes. FASTLM_LINEAR names
-one of the three for all calls instead.
+one of the libraries' for all calls instead.
 """
 
 import contextlib
@@ -25,13 +26,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm import tuned
+from fastlm import (
+    _C,  # noqa: F401 - has the operator
+    tuned,
+)
 
 FORWARD, INPUT, WEIGHT = "forward", "input gradient", "weight gradient"
-WAYS = ("torch", "onednn", "float32")
+WAYS = ("torch", "onednn", "float32")  # of the libraries
+FEW = 7  # tokens, up to which the operator is asked
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 without_autocast = torch._C._DisableAutocast
+few_tokens = torch.ops.fastlm.linear.default
+below_autograd = torch._C._AutoDispatchBelowAutograd
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 forced = os.environ.get("FASTLM_LINEAR") or None
@@ -89,10 +96,16 @@ def _by_float32(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     return out
 
 
+def _by_fastlm(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with below_autograd():
+        return few_tokens(a.to(dtype), b.t(), None, None if bias is None else bias.to(dtype))
+
+
 PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "torch": _by_torch,
     "onednn": _by_onednn,
     "float32": _by_float32,
+    "fastlm": _by_fastlm,
 }
 
 
@@ -149,13 +162,15 @@ def _forced_way(dtype: torch.dtype) -> str:
 
 def _choose(product: str, kind: Kind) -> str:
     candidates = _candidates(kind.product)
+    if product != WEIGHT and _is_few(kind) and kind.weight is kind.product:
+        candidates += ("fastlm",)
     if len(candidates) == 1 or not tuned.wanted():
         return "torch"
     shape = _sample_shape(1 << kind.tokens, kind.inputs, kind.outputs)
     what = (product, "x".join(map(str, shape)), *kind[3:6], "rows" if kind.by_rows else "columns")
     return tuned.choice(
         f"linear-{_cpu()}-{torch.__version__}",
-        " ".join(map(str, (*what, f"{kind.threads} threads"))),
+        " ".join(map(str, (*what, f"{kind.threads} threads:", *candidates))),
         candidates,
         lambda: _fastest(_samples(product, kind, shape, candidates)),
     )
@@ -195,17 +210,27 @@ def _sample_shape(*sizes: int) -> list[int]:
     return [max(1, power * 3 // 4) for power in powers]
 
 
+_CACHES = 1 << 27  # bytes: more than a core's share of them
+
+
+def _is_few(kind: Kind) -> bool:
+    return kind.tokens <= FEW.bit_length()
+
+
 def _samples(product: str, kind: Kind, shape: list[int], ways: tuple[str, ...]) -> dict[str, Callable]:
-    """For each way a call of the product."""
+    """For each way a call of the product. Of a few tokens it reads other weights each time: a model's don't
+    stay in the caches from one token to the next."""
     M, K, N = shape
     x, dy = (
         torch.ones(M, K, dtype=kind.input, device="cpu"),
         torch.ones(M, N, dtype=kind.product, device="cpu"),
     )
-    weight = torch.ones((N, K) if kind.by_rows else (K, N), dtype=kind.weight, device="cpu")
-    weight = weight if kind.by_rows else weight.t()
+    copies = -(-_CACHES // (N * K * kind.weight.itemsize)) if _is_few(kind) else 1
+    stored = torch.ones(copies, *((N, K) if kind.by_rows else (K, N)), dtype=kind.weight, device="cpu")
+    weights = itertools.cycle(stored if kind.by_rows else stored.mT)
 
     def call(way):
+        weight = next(weights)
         if product == FORWARD:
             PRODUCTS[way](x, weight.t(), None, kind.product)
         elif product == INPUT:
@@ -226,7 +251,10 @@ def _fastest(calls: dict[str, Callable]) -> str:
         # What took long is not asked again; what took little may have compiled something.
         rivals = [way for way in calls if times[way] < max(4 * min(times.values()), 0.05)]
         times = dict.fromkeys(rivals, math.inf)
-        for _ in range(5):
+        end = time.perf_counter() + 0.1
+        for i in range(50):
+            if i >= 5 and time.perf_counter() > end:
+                break
             for way in rivals:
                 times[way] = min(times[way], _seconds(calls[way]))
     best = min(times, key=times.get)

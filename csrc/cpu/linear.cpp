@@ -1,0 +1,47 @@
+// fastlm::linear: tensors to the parameters of linear.h.
+#include <torch/csrc/stable/library.h>
+
+#include "../check.h"
+#include "dispatch.h"
+
+namespace fastlm {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// input (M, K), weight (N, K) without gaps along one of its dimensions, scale and bias (N); returns (M, N).
+Tensor linear(const Tensor& input, const Tensor& weight, const Optional& scale, const Optional& bias) {
+  const char* op = "linear";
+  const DType dtype = dtype_of(input, op, "input");
+  const bool int8 = weight.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(input.dim() == 2, "fastlm::linear: input has shape ", shape_string(input), ", expected (M, K)");
+  STD_TORCH_CHECK(weight.dim() == 2, "fastlm::linear: weight has shape ", shape_string(weight), ", expected (N, K)");
+  const int64_t M = input.size(0), K = input.size(1), N = weight.size(0);
+  check_shape(weight, {N, K}, op, "weight");
+  if (!int8) check_dtype(weight, input.scalar_type(), op, "weight");
+  STD_TORCH_CHECK(int8 == scale.has_value(), "fastlm::linear: scale must be given for an int8 weight, and only then");
+  for (const auto& [vector, name] : {std::pair(&scale, "scale"), std::pair(&bias, "bias")})
+    if (*vector) {
+      check_dtype(**vector, input.scalar_type(), op, name);
+      check_shape(**vector, {N}, op, name);
+    }
+  Tensor out = new_tensor({M, N}, input.scalar_type());
+  if (M == 0 || N == 0) return out;
+
+  const Tensor x = fastlm::contiguous(input);
+  const bool by_rows = weight.stride(1) == 1 || K <= 1, by_columns = !by_rows && weight.stride(0) == 1;
+  const Tensor w = by_rows || by_columns ? weight : torch::stable::contiguous(weight);
+  const auto values = [](const Optional& v) { return v ? std::optional(fastlm::contiguous(*v)) : std::nullopt; };
+  const Optional scales = values(scale), biases = values(bias);
+  const auto data = [](const Optional& v) { return v ? v->const_data_ptr() : nullptr; };
+  const FewTokensParams p{torch_pool(), M, K, N, x.const_data_ptr(), w.const_data_ptr(), w.stride(by_columns ? 1 : 0),
+                       by_columns, data(scales), data(biases), out.mutable_data_ptr(), N};
+  const LinearKernels& k = kernels().linear;
+  (int8 ? k.int8 : k.plain)[dtype](p);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastlm
+
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) { m.impl("linear", TORCH_BOX(&fastlm::linear)); }
