@@ -490,6 +490,11 @@ register(
             gru_case("one-of-everything", 1, 1, 1, 1),
             *(gru_case(f"H{H}", 3, 2, 5, H) for H in (3, 4, 7, 9, 15, 16, 17, 33)),
             *(gru_case(f"B{B}", 3, B, 4, 6) for B in (0, 1, 4, 5, 9, 17)),
+            # A step by itself: of few rows, of as many as go that way, of more; with what else there is.
+            *(gru_case(f"one-step-B{B}", 1, B, 5, 37) for B in (1, 8, 9)),
+            gru_case("one-step-two-layers-both-ways", 1, 3, 9, 70, 2, 2),
+            gru_case("one-step-packed", 1, 3, 9, 20, lengths=(1, 1, 1)),
+            gru_case("one-step-zoneout-no-bias", 1, 2, 9, 20, bias=False, zoneout=0.3, eager=False),
             gru_case("wide-input", 2, 3, 200, 5),
             gru_case("deeper-than-a-panel", 2, 9, 3, 300),  # products in two blocks of k
             gru_case("one-row-split-over-threads", 3, 1, 5, 200),
