@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,36 +29,38 @@ QUICK = 0.05  # seconds of timed calls of a pass
 STYLES = {"own": "bold", "more": "green", "less": "red", "bad": "red"}
 
 
-def choose(words: list[str], dtypes: list[str]) -> list[Workload]:
-    """Workloads whose name has one of the words in it, in one of the dtypes; all where none is
-    given."""
-    chosen = [
-        w
-        for w in workloads()
-        if (not words or any(word.lower() in w.name.lower() for word in words))
-        and (not dtypes or str(w.dtype).removeprefix("torch.") in dtypes)
-    ]
-    if not chosen:
-        names = "\n".join(f"  {w.name}" for w in workloads())
-        raise ValueError(f"no benchmark fits {' '.join(words + dtypes)}; there are\n{names}")
-    return chosen
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run."""
+
+    words: list[str]  # in the names of what is measured; none: all
+    dtypes: list[str]  # none: all
+    seconds: float  # of timed calls of each pass
+    memory: bool
+    quick: bool  # the smallest shapes and sizes, briefly, without torch.compile
+    folder: Path | None  # of the raw figures; none: a new one in RESULTS
+    html: Path | None  # the page; none: beside the raw figures
+
+    def workloads(self) -> list[Workload]:
+        words = self.words or ["smallest"] * self.quick
+        chosen = [
+            w
+            for w in workloads()
+            if (not words or any(word.lower() in w.name.lower() for word in words))
+            and (not self.dtypes or str(w.dtype).removeprefix("torch.") in self.dtypes)
+        ]
+        if not chosen:
+            names = "\n".join(f"  {w.name}" for w in workloads())
+            raise ValueError(f"no benchmark fits {' '.join(words + self.dtypes)}; there are\n{names}")
+        return chosen
 
 
-def run(
-    console: Console,
-    words: list[str],
-    dtypes: list[str],
-    seconds: float,
-    memory: bool,
-    folder: Path | None,
-    html: Path | None,
-    quick: bool,
-) -> bool:
-    """Measures, prints a table for each operator, writes raw figures and the page, anew after each operator, into
-    the folder (default: a new one in benchmarks/results). Whether every fastlm result was right."""
-    chosen = choose(words or ["smallest"] * quick, dtypes)
-    folder = folder or RESULTS / time.strftime("%Y%m%d-%H%M%S")
-    html = html or folder / "report.html"
+def run(console: Console, asked: Request) -> bool:
+    """Measures, prints a table for each operator, and writes raw figures and the page, anew after each operator.
+    Whether every fastlm result was right."""
+    chosen = asked.workloads()
+    folder = asked.folder or RESULTS / time.strftime("%Y%m%d-%H%M%S")
+    html = asked.html or folder / "report.html"
     for path in (folder, html.parent):
         path.mkdir(parents=True, exist_ok=True)
     torch._inductor.config.compile_threads = 1  # no pool of compilers beside what is timed
@@ -66,32 +69,37 @@ def run(
     for name, value in facts.items():
         console.print(f"{name:<10} {value}", soft_wrap=True, markup=False)
     peaks, done, sweeps = Peaks(), [], []
+    swept_in = min((w.dtype for w in chosen), key=DTYPES.index)
     for operator in dict.fromkeys(w.operator for w in chosen):
         measured = []
         for workload in [w for w in chosen if w.operator == operator]:
-            names = [name for name in workload.contenders if not quick or name != COMPILED]
-            with console.status(workload.name):
-                peaks.measure(tries=2 if quick else 8)
-                found = measure(workload, min(seconds, QUICK) if quick else seconds, memory, names)
-            measured += found
-            for m in found:
-                times = (f"{n} {duration(t.median)}" for n, t in m.contenders.items() if t.seconds)
-                console.print(f"{workload.name} {m.kind}: {', '.join(times)}", soft_wrap=True)
+            measured += timed(console, workload, asked, peaks)
         console.print(table(operator, measured, peaks))
         for line in problems(measured):
             console.print(line, style="red", soft_wrap=True, markup=False)
         done += measured
-        if memory:
+        if asked.memory:
             with console.status(f"{operator}: memory"):
-                swept = sweep(
-                    operator, min((w.dtype for w in chosen), key=DTYPES.index), 3 if quick else None
-                )
+                swept = sweep(operator, swept_in, 3 if asked.quick else None)
             sweeps += [swept] if swept else []
         save(folder / "results.json", done, sweeps, peaks, facts)
         html.write_text(page(done, sweeps, peaks, facts), encoding="utf-8")
     console.print(describe(peaks), soft_wrap=True)
     console.print(f"raw figures: {folder}\npage: {html}", soft_wrap=True, markup=False)
     return all(m.contenders[FASTLM].problem is None for m in done)
+
+
+def timed(console: Console, workload: Workload, asked: Request, peaks: Peaks) -> list[Measurement]:
+    """One workload measured and printed, and the machine's peaks once more."""
+    names = [name for name in workload.contenders if not asked.quick or name != COMPILED]
+    seconds = min(asked.seconds, QUICK) if asked.quick else asked.seconds
+    with console.status(workload.name):
+        peaks.measure(tries=2 if asked.quick else 8)
+        found = measure(workload, seconds, asked.memory, names)
+    for m in found:
+        times = (f"{n} {duration(t.median)}" for n, t in m.contenders.items() if t.seconds)
+        console.print(f"{workload.name} {m.kind}: {', '.join(times)}", soft_wrap=True)
+    return found
 
 
 def machine() -> dict[str, str]:

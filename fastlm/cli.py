@@ -560,7 +560,8 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     folder, page = (Path(path) if path else None for path in (out, html))
-    if not report.run(console, names or [], dtype or [], seconds, memory, folder, page, quick):
+    asked = report.Request(names or [], dtype or [], seconds, memory, quick, folder, page)
+    if not report.run(console, asked):
         raise typer.Exit(1)
 
 
