@@ -36,7 +36,7 @@ from fastlm.models import from_pretrained, model_class, read_config
 from fastlm.models.base import WEIGHTS, Model, read_tensors, write_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
-KEPT = 2
+_KEPT = {"checkpoints": 2, "best": 1}
 BASE = "base"
 
 
@@ -77,7 +77,10 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> "Run":
         read_options(folder)
-        return cls(folder)
+        run = cls(folder)
+        for kind, kept in _KEPT.items():
+            _tidy(folder / kind, kept)
+        return run
 
     def save(
         self,
@@ -95,25 +98,22 @@ class Run:
             write_tensors(folder / "trainer.safetensors", tensors)
             write_file(folder / "trainer.json", (json.dumps(state, indent=2) + "\n").encode())
 
-        self._publish("checkpoints", step, write, KEPT)
+        self._publish("checkpoints", step, write)
 
     def save_best(self, step: int, model: Model, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
-        self._publish("best", step, lambda folder: _save_trained(folder, model, tokenizer, weights), 1)
+        self._publish("best", step, lambda folder: _save_trained(folder, model, tokenizer, weights))
 
     def save_base(self, model: Model, tokenizer: Tokenizer) -> None:
         """Writes the model that adapters are about to be trained for."""
         save_model(self.folder / BASE, model, tokenizer)
         _sync(self.folder / BASE)
 
-    def _publish(self, kind: str, step: int, write: Callable[[Path], None], kept: int) -> None:
+    def _publish(self, kind: str, step: int, write: Callable[[Path], None]) -> None:
         parent = self.folder / kind
-        parent.mkdir(exist_ok=True)
-        for leftover in parent.glob(".*"):  # of a run that was killed here
-            shutil.rmtree(leftover)
         temporary, target = parent / f".step-{step}", parent / f"step-{step}"
         try:
             with naming(temporary):
-                temporary.mkdir()
+                temporary.mkdir(parents=True)
             write(temporary)
             _sync(temporary)
         except BaseException:
@@ -123,10 +123,15 @@ class Run:
             os.rename(target, parent / f".old-{step}")
         os.rename(temporary, target)
         _sync(parent)
-        for old in list_steps(parent)[:-kept]:
-            os.rename(old, parent / f".old-{old.name}")
-        for leftover in parent.glob(".old-*"):
-            shutil.rmtree(leftover)
+        _tidy(parent, _KEPT[kind])
+
+
+def _tidy(parent: Path, kept: int) -> None:
+    """Drops all checkpoints but the last, and what a process that was killed here left."""
+    for old in list_steps(parent)[:-kept]:
+        os.rename(old, parent / f".old-{old.name}")
+    for leftover in parent.glob(".*"):
+        shutil.rmtree(leftover)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -47,12 +47,15 @@ def dropout_keep(seed: Tensor, heads: int, Tq: int, Tk: int, dropout_p: float) -
     return words.flatten(-2)[..., :Tk] >= int(dropout_p * 2.0**32)
 
 
+WIDEST = 1 << 40  # of a window: with 64 bits' largest numbers sums would wrap
+
+
 def band(Tq: int, Tk: int, is_causal: bool, window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     """Query i sees key j if i - lower <= j <= i + upper; None stands for no bound.
 
     is_causal aligns query 0 with key 0, window_size the last query with the last key.
     """
-    left, right = window_size
+    left, right = (min(width, WIDEST) for width in window_size)
     lower = left - (Tk - Tq) if left >= 0 else None
     upper = right + (Tk - Tq) if right >= 0 else None
     if is_causal:

@@ -49,8 +49,9 @@ struct Call {
 };
 
 void set_band(AttentionSequence& s, bool is_causal, int64_t left, int64_t right) {
-  s.lower = left >= 0 ? std::min(left - (s.Tk - s.Tq), kUnbounded) : kUnbounded;
-  s.upper = right >= 0 ? std::min(right + (s.Tk - s.Tq), kUnbounded) : kUnbounded;
+  // Sums of 64 bits would wrap for the largest windows.
+  s.lower = left >= 0 && left < kUnbounded ? left - (s.Tk - s.Tq) : kUnbounded;
+  s.upper = right >= 0 && right < kUnbounded ? right + (s.Tk - s.Tq) : kUnbounded;
   if (is_causal) s.upper = std::min<int64_t>(s.upper, 0);
 }
 

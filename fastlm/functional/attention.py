@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.functional.arguments import check_flag, check_integer, check_number
+from fastlm.functional.arguments import check_flag, check_integer, check_number, check_tensor
 from fastlm.ops import (
     KERNEL_DTYPES,
     autocast_is_on,
@@ -23,13 +23,16 @@ def _attention_error(message: str) -> ValueError:
     return ValueError(f"fastlm.scaled_dot_product_attention: {message}")
 
 
-def _check_window(name: str, window_size) -> None:
+def _check_window(name: str, window_size) -> tuple[int, int]:
+    """Both widths, no larger than any need be."""
     if (
         not isinstance(window_size, (tuple, list))
         or len(window_size) != 2
         or any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size)
     ):
         raise ValueError(f"{name}: window_size is {window_size!r}, expected two integers (left, right) >= -1")
+    left, right = window_size
+    return min(left, reference.WIDEST), min(right, reference.WIDEST)
 
 
 def _check_scale(name: str, scale: float | None, D: int) -> float:
@@ -131,7 +134,8 @@ def _check_mask(attn_mask: Tensor, query: Tensor) -> None:
 
 def _per_head(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> Tensor:
     """A per-head option, checked and in the compute dtype."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    check_tensor("fastlm.scaled_dot_product_attention", name, x)
+    if x.dtype not in KERNEL_DTYPES:
         raise TypeError(f"fastlm.scaled_dot_product_attention: {name} must be a floating Tensor")
     if tuple(x.shape) not in shapes:
         raise _attention_error(
@@ -320,11 +324,12 @@ def scaled_dot_product_attention(
     name = "fastlm.scaled_dot_product_attention"
     check_number(name, "dropout_p", dropout_p)
     check_flag(name, "is_causal", is_causal)
+    check_flag(name, "enable_gqa", enable_gqa)
     check_number(name, "softcap", softcap)
     if not 0.0 <= dropout_p <= 1.0:
         raise _attention_error(f"dropout_p is {dropout_p}, expected a probability between 0 and 1")
     if window_size != (-1, -1):
-        _check_window(name, window_size)
+        window_size = _check_window(name, window_size)
     if not 0.0 <= softcap < math.inf:
         raise _attention_error(f"softcap is {softcap}, expected a finite number >= 0")
     scale = _check_scale(name, scale, query.shape[-1])
@@ -366,9 +371,10 @@ def scaled_dot_product_attention(
     return (out, lse.reshape(shape)) if return_lse else out
 
 
-def _check_indices(name: str, label: str, x) -> None:
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name}: {label} must be a dense Tensor")
+def _check_indices(name: str, label: str, x, query: Tensor) -> None:
+    check_tensor(name, label, x)
+    if x.device != query.device and query.device.type != "meta":
+        raise ValueError(f"{name}: {label} is on {x.device}, expected {query.device} as query is")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: {label} is {x.dtype}, expected torch.int32")
 
@@ -379,8 +385,7 @@ def _check_varlen(
     name = "fastlm.varlen_attn"
     rank = 3 if block_table is None else 4
     for label, x, dims in (("query", query, 3), ("key", key, rank), ("value", value, rank)):
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            raise TypeError(f"{name}: {label} must be a dense Tensor")
+        check_tensor(name, label, x)
         if x.dim() != dims:
             form = "(T, H, D)" if dims == 3 else "(pages, page_size, H, D) with block_table"
             raise ValueError(f"{name}: {label} has shape {tuple(x.shape)}, expected {form}")
@@ -394,6 +399,7 @@ def _check_varlen(
         raise ValueError(f"{name}: key has head size {key.size(-1)}, expected {query.size(-1)} as query has")
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(f"{name}: value has shape {tuple(value.shape)}, expected {(*key.shape[:-1], 'Dv')}")
+    check_flag(name, "enable_gqa", enable_gqa)
     Hq, Hkv = query.size(1), key.size(-2)
     if not enable_gqa and Hq != Hkv:
         raise ValueError(
@@ -409,20 +415,20 @@ def _check_varlen(
         raise ValueError(f"{name}: cu_seq_k is None, which only block_table allows")
     if block_table is not None and seqused_k is None:
         raise ValueError(f"{name}: block_table requires seqused_k")
-    _check_indices(name, "cu_seq_q", cu_seq_q)
+    _check_indices(name, "cu_seq_q", cu_seq_q, query)
     N = cu_seq_q.numel() - 1
     for label, x, expected in (
         ("cu_seq_q", cu_seq_q, (N + 1,)), ("cu_seq_k", cu_seq_k, (N + 1,)), ("seqused_k", seqused_k, (N,)),
     ):  # fmt: skip
         if x is None:
             continue
-        _check_indices(name, label, x)
+        _check_indices(name, label, x, query)
         if tuple(x.shape) != expected or N < 0:
             raise ValueError(
                 f"{name}: {label} has shape {tuple(x.shape)}, expected {expected if N >= 0 else '(N + 1,)'}"
             )
     if block_table is not None:
-        _check_indices(name, "block_table", block_table)
+        _check_indices(name, "block_table", block_table, query)
         if block_table.dim() != 2 or block_table.size(0) != N:
             raise ValueError(
                 f"{name}: block_table has shape {tuple(block_table.shape)}, expected ({N}, pages)"
@@ -504,7 +510,7 @@ def varlen_attn(
     )
     if return_aux is not None and not hasattr(return_aux, "lse"):
         raise TypeError(f"fastlm.varlen_attn: return_aux is {return_aux!r}, expected an AuxRequest or None")
-    _check_window("fastlm.varlen_attn", window_size)
+    window_size = _check_window("fastlm.varlen_attn", window_size)
     scale = _check_scale("fastlm.varlen_attn", scale, query.size(-1))
     transformed = under_transform(query, key, value)
     backend = "eager" if transformed else ops_attention.choose("varlen_attn", query, value)

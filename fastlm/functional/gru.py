@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastlm import reference
-from fastlm.functional.arguments import check_flag, check_integer
+from fastlm.functional.arguments import check_flag, check_integer, check_tensor
 from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny
 from fastlm.ops import gru as ops_gru
 
@@ -47,7 +47,7 @@ def _check_gru_tensors(function: str, tensors: list[tuple[str, Tensor]], like: T
     for name, x in tensors:
         if not isinstance(x, Tensor):
             raise TypeError(f"fastlm.{function}: {name} is {type(x).__name__}, expected a Tensor")
-        if x.layout != torch.strided:
+        if x.layout != torch.strided or x.is_nested:
             raise RuntimeError(f"fastlm.{function}: {name} has layout {x.layout}, expected torch.strided")
         if x.dtype not in KERNEL_DTYPES:
             raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected a floating dtype")
@@ -78,11 +78,13 @@ def _autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if wanted else None
 
 
-def _check_batch_sizes(batch_sizes: Tensor, rows: int, B: int) -> None:
+def _check_batch_sizes(batch_sizes: Tensor, data: Tensor, B: int) -> None:
+    check_tensor("fastlm.gru", "batch_sizes", batch_sizes)
+    rows = data.shape[0]
     if (
         batch_sizes.dtype != torch.int64
         or batch_sizes.dim() != 1
-        or batch_sizes.device.type not in ("cpu", "meta")
+        or batch_sizes.device.type not in ("cpu", data.device.type if data.is_meta else "cpu")
     ):
         raise RuntimeError("fastlm.gru: batch_sizes must be an int64 vector on the CPU")
     symbolic = torch.compiler.is_compiling() or isinstance(batch_sizes, FakeTensor)
@@ -219,7 +221,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         for j, name in enumerate(names)
     ]
     weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
-    _check_gru_tensors("gru", [("hx", hx), *weights], input, _autocast(input) is not None)
+    _check_gru_tensors("gru", [("input", input), ("hx", hx), *weights], input, _autocast(input) is not None)
 
     if input.dim() != (2 if packed else 3):
         raise RuntimeError(
@@ -236,7 +238,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         )
     I, H = input.shape[-1], hx.shape[2]
     if packed:
-        _check_batch_sizes(batch_sizes, input.shape[0], hx.shape[1])
+        _check_batch_sizes(batch_sizes, input, hx.shape[1])
         batch_sizes = batch_sizes.contiguous()
     else:
         T, B = input.shape[:2]
@@ -297,6 +299,7 @@ def gru_cell(
         type(zoneout) is type(recurrent_dropout) is float
         and zoneout == recurrent_dropout == 0.0
         and not gains
+        and type(training) is bool
         and isinstance(input, Tensor)
         and isinstance(hx, Tensor)
         and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
@@ -317,7 +320,9 @@ def gru_cell(
         raise TypeError(f"fastlm.gru_cell: input is {type(input).__name__}, expected a Tensor")
     weights = [("w_ih", w_ih), ("w_hh", w_hh), *biases]
     weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
-    _check_gru_tensors("gru_cell", [("hx", hx), *weights], input, _autocast(input) is not None)
+    _check_gru_tensors(
+        "gru_cell", [("input", input), ("hx", hx), *weights], input, _autocast(input) is not None
+    )
     for name, x in (("input", input), ("hx", hx)):
         if x.dim() != 2:
             raise RuntimeError(f"fastlm.gru_cell: {name} has shape {tuple(x.shape)}, expected 2 dimensions")

@@ -217,16 +217,23 @@ def _register(register: Callable[[str], None]) -> None:
         register(namespace)
 
 
+def _is_real(x) -> bool:
+    """A tensor that holds values; integers, as the sizes of steps, may stay on the CPU."""
+    return (
+        isinstance(x, torch.Tensor)
+        and x.is_floating_point()
+        and x.device.type != "meta"
+        and not isinstance(x, FakeTensor)
+    )
+
+
 def register_fake(operator: str):
     """torch.library.register_fake for the operator of every family."""
 
     def decorate(function):
         def fake(*args):
-            main = next((x for x in args if isinstance(x, torch.Tensor)), None)
-            if main is not None and main.device.type != "meta" and not isinstance(main, FakeTensor):
-                raise RuntimeError(
-                    f"fastlm::{operator}: tensors on {main.device} and on meta, expected one device"
-                )
+            if any(map(_is_real, args)):  # called for another of them, which is on meta
+                raise RuntimeError(f"fastlm::{operator}: tensors on several devices, expected all on meta")
             return function(*args)
 
         _register(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", fake))

@@ -60,9 +60,7 @@ def judge(call: Call) -> str | None:
     for x, memory in zip(tensors_of(before), kept, strict=True):
         if not changes and memory is not None and not torch.equal(memory, _memory(x)):
             return f"an input of shape {tuple(x.shape)} was changed"
-    mixed = call.name == "linear" and any(
-        x.device.type != "cpu" for x in tensors_of(before)
-    )  # as F.linear has it
+    mixed = call.name == "linear" and _on_meta(call)  # as F.linear has it
     if not mixed and all(x.device.type == "cpu" for x in first):
         again = answer(call, call.arguments())
         for i, (x, y) in enumerate(zip(first, again, strict=True)):
@@ -112,6 +110,8 @@ def judge_error(call: Call, error: Exception) -> str | None:
     if INTERNAL.search(message):
         return f"an internal error: {said}"
     name = call.name.rpartition(".")[2]
+    if name == "gru_cell" and "invalid gradient" in message and _on_meta(call):
+        return None  # as torch's own, which serves tiny calls, has it
     if call.name.startswith("nn.") or name == "linear":
         return None if _torch_refuses(call) or _names(call, message) else f"refused, but not by torch: {said}"
     if not isinstance(error, DOCUMENTED):
@@ -146,6 +146,10 @@ def _names(call: Call, message: str) -> bool:
     if name == "gru":
         names |= set(fastlm.functional.gru.__globals__["_GRU"]) | {"data", "batch_sizes"}
     return any(re.search(rf"\b{re.escape(n)}\b", message) for n in names) or "unexpected keyword" in message
+
+
+def _on_meta(call: Call) -> bool:
+    return any(x.device != "cpu" for _, x in (*leaves(call.args), *leaves(call.kwargs)) if isinstance(x, T))
 
 
 def _torch_refuses(call: Call) -> bool:
@@ -184,8 +188,9 @@ def judge_values(call: Call, results: list[Tensor]) -> str | None:
     if any(isinstance(x.values, str) and x.values not in COMPARED for x in every):
         return None
     kwargs = call.kwargs
-    if any(isinstance(x, float) and x > 1e30 for x in kwargs.values()):
-        return None  # infinite in float32
+    large = (kwargs.get(name) for name in ("softcap", "z_loss", "scale"))
+    if any(isinstance(x, (int, float)) and x and not 1e-18 < abs(x) < 1e18 for x in large):
+        return None  # infinite in some dtype
     if "ignore_index" in kwargs or any(isinstance(x.values, tuple) and -100 in x.values for x in every):
         if any(x.values in ("nan", "inf", "-inf") for x in every):
             return None  # a token that doesn't count has gradient 0, whatever its logits; to the formula 0 times NaN
@@ -240,13 +245,14 @@ def _compare_with_torch(call: Call, results: list[Tensor]) -> str | None:
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         return f"accepted, but torch refuses it: {type(error).__name__}: {said}"
+    # What is 0 in exact arithmetic, as some gradients, is rounding of terms of the others' size.
+    scale = max(
+        (y.detach().abs().nan_to_num(0, 0, 0).max().item() for y in expected if y.numel()), default=0.0
+    )
     for x, y in zip(results, expected, strict=False):
-        scale = y.detach().abs().nan_to_num(0, 0, 0).max().item() if y.numel() else 0.0
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(y.dtype, 3e-2)
         try:
-            torch.testing.assert_close(
-                x, y, rtol=tolerance, atol=tolerance * max(scale, 1e-6), equal_nan=True
-            )
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
         except AssertionError as error:
             return f"differs from torch's: {error}"
     return None
