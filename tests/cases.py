@@ -332,7 +332,7 @@ register(
         ),
         growth=Growth(
             "tokens of a sequence",
-            {T: attention(f"1x2x{T}x64", 1, 2, T, 64, is_causal=True) for T in powers_of_2(256, 8192)},
+            {T: attention(f"1x8x{T}x64", 1, 8, T, 64, is_causal=True) for T in powers_of_2(256, 4096)},
         ),
         flops=attention_products,
         bytes=attention_traffic,

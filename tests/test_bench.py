@@ -110,7 +110,7 @@ def test_bench(tmp_path, monkeypatch, capsys, tiny_calls_as_shipped):
     assert set(sweep["memory"]) == {"eager", "eager unfused", "fastlm"}
     unfused = sweep["memory"]["eager unfused"]
     assert len(unfused) == 3 and unfused["1024"] > 2 * unfused["512"]  # the square of the length
-    assert unfused["1024"] > 2 * 1024**2 * 4 > sweep["memory"]["fastlm"]["1024"]
+    assert unfused["1024"] > 8 * 1024**2 * 4 > sweep["memory"]["fastlm"]["1024"]
 
 
 def test_page_of_failures():
