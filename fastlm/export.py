@@ -1,6 +1,7 @@
 """Models for other programs: a folder of the transformers library, and a file of torch.export."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastlm import checkpoint, lora
-from fastlm.files import naming, write_files
+from fastlm.files import write_file, write_files
 from fastlm.models import GPT, GPTConfig, SequenceClassifier, llama
 from fastlm.models.base import CONFIG, WEIGHTS, Model, packed, read_tensors
 from fastlm.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, Tokenizer
@@ -189,13 +190,6 @@ def to_torch_export(model: Model, path: str | os.PathLike) -> None:
     with torch.no_grad():
         program = torch.export.export(model.eval(), (idx,), dynamic_shapes=shapes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
-    try:
-        with naming(path):
-            try:
-                torch.export.save(program, temporary)
-            except RuntimeError as error:  # of the writer of the archive, which knows no reason
-                raise OSError(0, str(error).splitlines()[0]) from None
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()  # torch's own writer of files ends the process where there is no room
+    torch.export.save(program, content)
+    write_file(path, content.getbuffer())

@@ -132,6 +132,8 @@ def holds_one(folder: Path) -> bool:
 def merge(model: Model, folder: Path) -> Model:
     """The model with the adapters in ``folder`` added to its weights."""
     peft, tensors = _peft(), read_tensors(folder / WEIGHTS)
+    if read_json(folder / CONFIG).get("megatron_config"):  # PEFT would import a module that the file names
+        raise ValueError(f"{folder}: adapters of Megatron's layers aren't supported")
     try:
         given = peft.LoraConfig.from_pretrained(folder)
         given.inference_mode = False  # else what it trains is not known

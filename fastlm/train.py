@@ -226,6 +226,8 @@ class Trainer:
         random = {key: tensors.pop(key, None) for key in ("random.cpu", "random.cuda")}
         try:
             progress = Progress(**state)
+            if type(progress.step) is not int or progress.step < 0:
+                raise ValueError(f"step is {progress.step!r}")
             if progress.step:  # before the first, AdamW has no moments
                 checkpoint.restore_optimizer(self.model, self.optimizer, tensors)
             torch.set_rng_state(random["random.cpu"])

@@ -38,7 +38,7 @@ def test_verdict(sampled, flat, words):
 @pytest.mark.parametrize("leak", [0, 32768])
 def test_short_run(leak):
     """A step's leak of 32 KiB is seen within seconds."""
-    command = [sys.executable, str(SOAK), "--minutes", "0.15", "--every", "0.1", "--leak", str(leak)]
+    command = [sys.executable, str(SOAK), "--minutes", "0.1", "--every", "0.1", "--leak", str(leak)]
     done = subprocess.run(
         command + ["--allowed", "10"],
         capture_output=True,

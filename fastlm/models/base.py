@@ -85,12 +85,17 @@ class Model(nn.Module):
             raise ValueError(f"{folder}: holds a model of type {named!r}, expected {cls.model_type!r}")
         config = cls.config_from_dict(config)
         cls.check_stored(config, folder)
-        try:
-            model = cls(config)
-        except RuntimeError as error:  # its tables of positions don't fit the memory
-            raise ValueError(f"{folder}: {CONFIG}: {str(error).splitlines()[0]}") from None
+        model = cls._made(config, folder)
         model.load_tensors(read_weights(folder), folder)
         return model.eval()
+
+    @classmethod
+    def _made(cls, config, folder: str | os.PathLike) -> "Model":
+        """A model of the configuration in ``folder``, if there can be one of its sizes."""
+        try:
+            return cls(config)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: {CONFIG}: {str(error).splitlines()[0]}") from None
 
     @classmethod
     def check_stored(cls, config, folder: str | os.PathLike) -> None:
@@ -103,7 +108,7 @@ class Model(nn.Module):
             )
         with torch.device("meta"):
             tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-            cls(config)._load(tensors, folder, assign=True)
+            cls._made(config, folder)._load(tensors, folder, assign=True)
 
     @classmethod
     def accepted_types(cls) -> tuple[str, ...]:
