@@ -1,5 +1,7 @@
 """The programs of examples/, as their users run them, at a small size: they learn what they say."""
 
+import csv
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NEEDS = {
-    "emotion_classifier": ("numpy",),
+    "emotion_classifier": ("numpy", "safetensors", "tokenizers"),
     "finetune_transformers": ("numpy", "transformers", "accelerate"),
     "gpt": ("numpy",),
     "gru_lm": ("numpy",),
@@ -104,3 +106,33 @@ def test_recurrent_policy():
     rewards = example("recurrent_policy")("--updates 30 --hidden 32 --lr 1e-2".split())
     assert len(rewards) == 31 and rewards[0] < 40
     assert rewards[-1] > 100
+
+
+def test_emotion_classifier(capsys):
+    """Sentences of frames that it hasn't seen; a sixth of them are right by chance."""
+    size = "--width 48 --lm-steps 100 --steps 300"
+    accuracy = example("emotion_classifier")(size.split())
+    assert len(accuracy) == 2 and accuracy[0] < 0.35 and accuracy[1] > 0.5
+    assert "said to be" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["csv", "txt", "jsonl"])
+def test_emotion_classifier_reads_files(tmp_path, kind):
+    """A label that a word says; with --lora, one of them."""
+    words = {"joy": "glad", "fear": "afraid", "anger": "mad"}
+    rows = [(f'i feel {word}, "{i}" times', label) for i in range(60) for label, word in words.items()]
+    path = tmp_path / f"feelings.{kind}"
+    with open(path, "w", newline="") as file:
+        if kind == "csv":
+            csv.writer(file).writerows([("text", "label"), *rows])
+        elif kind == "txt":
+            file.writelines(f"{text};{label}\n" for text, label in rows)
+        else:
+            file.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    size = f"--data {path} --width 32 --lm-steps 5 --steps 120 --lr 2e-2 --out {tmp_path / 'runs'}"
+    if kind == "csv":
+        pytest.importorskip("peft")
+        size += " --lora 4"
+    accuracy = example("emotion_classifier")(size.split())
+    assert kind == "csv" or accuracy[1] > 0.6  # adapters of a model that has seen nothing learn little
+    assert (kind == "csv") == any(tmp_path.rglob("adapter_model.safetensors"))
