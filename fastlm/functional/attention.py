@@ -284,7 +284,7 @@ def scaled_dot_product_attention(
         and type(softcap) is float
         and type(dropout_p) in (float, int)
         and dropout_p == softcap == 0
-        and not (enable_gqa or return_lse)
+        and enable_gqa is return_lse is False
         and window_size == (-1, -1)
         and not has_torch_function_variadic(query, key, value)
         and isinstance(query, Tensor)

@@ -190,6 +190,8 @@ def cross_entropy(
         size_average is reduce is None
         and type(z_loss) is type(softcap) is float
         and z_loss == softcap == 0.0
+        and type(label_smoothing) in (float, int)
+        and label_smoothing >= 0  # else PyTorch takes it for none
         and not return_lse
         and isinstance(input, Tensor)
         and isinstance(target, Tensor)

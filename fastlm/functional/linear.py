@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastlm.functional.arguments import check_tensor
 from fastlm.ops import linear as ops_linear
 
 
@@ -41,8 +42,9 @@ def linear(
         Tensor: (..., N), or (...) for a weight (K); under autocast in its dtype.
 
     Raises:
-        ValueError: for an unknown activation; with a scale, for a weight that isn't int8, and for shapes and
-            dtypes that don't fit.
+        ValueError: for an unknown activation; with a scale, for a weight that isn't int8, and for shapes,
+            dtypes and devices that don't fit.
+        TypeError: with a scale, for an argument that is no dense tensor.
         RuntimeError: as F.linear, for shapes and dtypes that don't fit; where FASTLM_LINEAR names a product
             that this CPU doesn't have for the dtype.
 
@@ -63,6 +65,12 @@ def linear(
 
 
 def _check_scaled(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    for name, x in (("input", input), ("weight", weight), ("scale", scale), ("bias", bias)):
+        if x is None and name == "bias":
+            continue
+        check_tensor("fastlm.linear", name, x)
+        if x.device != input.device:
+            raise ValueError(f"fastlm.linear: {name} is on {x.device}, expected {input.device} as input is")
     if weight.dtype is not torch.int8 or weight.dim() != 2:
         raise ValueError(
             f"fastlm.linear: scale is for a weight (N, K) of int8, got {tuple(weight.shape)} of {weight.dtype}"

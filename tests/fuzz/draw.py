@@ -224,6 +224,10 @@ class Drawer:
         x, w = self.tensor(*lead, K, dtype=dtype), self.tensor(N, K, dtype=dtype)
         args = (x, w, self.tensor(N, dtype=dtype)) if self.chance(0.5) else (x, w)
         kwargs = {}
+        if self.chance(0.3) and K and N:
+            numbers = tuple(self.random.randint(-127, 127) for _ in range(N * K))
+            args = (args[0], T((N, K), "int8", values=numbers, layout=w.layout), *args[2:])
+            kwargs["scale"] = self.tensor(N, dtype=dtype, values="uniform", scale=0.02)
         if self.chance(0.4):
             kwargs["activation"] = one(("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"))
         return Call("linear", args, kwargs, **self.common())
@@ -378,7 +382,7 @@ class Drawer:
             call = replace(call, autocast="bfloat16")
         if kind < 0.4:
             return call
-        if kind < 0.7 or call.name == "linear" or call.name.startswith("nn."):
+        if kind < 0.7 or call.name.startswith("nn."):
             for _ in range(self.one((1, 1, 2))):
                 call = self.altered(call)
             return call
