@@ -205,7 +205,8 @@ def _read_rows(
     lines = list(rows.read_lines(paths))
     if not lines:
         raise ValueError(f"the corpus is empty: no examples in {', '.join(map(str, paths))}")
-    if "label" in lines[0][1]:
+    first = lines[0][1].keys()
+    if "label" in first and not {"prompt", "messages"} & first:
         return labels.number([labels.parse(*line) for line in lines], names)
     _check_not_labelled(names)
     return [examples.parse(*line) for line in lines], None

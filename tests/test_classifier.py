@@ -11,6 +11,7 @@ from test_distributed import pytestmark as needs_gloo
 from test_finetune import close, corpus, hf, options, run, save_library_model, words, write_lines  # noqa: F401
 
 from fastlm import checkpoint, data
+from fastlm.examples import Examples
 from fastlm.models import (
     GPT,
     GRULM,
@@ -168,6 +169,8 @@ def test_labels_are_named_and_numbered(tmp_path):
     for names, label in ((("joy", "fear"), 2), (("4", "5"), 0), (("joy", "fear"), "sad")):
         with pytest.raises(ValueError, match=f"label {label!r} is none of the model's: {names[0]}"):
             encode(*lines(label), names=names)
+    answers = encode({"prompt": "p", "response": "r", "label": "x"})  # of an instruction, one thing more
+    assert type(answers) is Examples
     with pytest.raises(ValueError, match="a classifier reads .jsonl files of texts and labels"):
         encode({"prompt": "p", "response": "r"}, names=LABELS)
 
@@ -315,6 +318,17 @@ def test_export(hf, words, run, tmp_path, kind, tokenizer):  # noqa: F811
     again, _ = checkpoint.load_model("theirs")  # and back
     assert again.labels == LABELS
     torch.testing.assert_close(again(idx, lengths=lengths), logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gru"])
+def test_export_by_torch_export(run, tmp_path, kind):  # noqa: F811
+    checkpoint.save_model(tmp_path / "ours", make(kind), ByteTokenizer())
+    status, _, errors = run("export ours --torch-export model.pt2")
+    assert status == 0, errors
+    program, ours = torch.export.load("model.pt2").module(), from_pretrained("ours")
+    for lengths in ((9, 9), (1,), (48, 48, 48)):
+        idx, _ = padded(*lengths)
+        torch.testing.assert_close(program(idx), ours(idx))
 
 
 def test_what_is_not_ours_is_refused(hf, words, run, tmp_path):  # noqa: F811
