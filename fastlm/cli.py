@@ -406,12 +406,15 @@ def generate(
         float | None, typer.Option(help="draw from the fewest tokens of so much probability")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="for the same text each time")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="keep the weights in int8; needs torchao")] = False,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
 ) -> None:
     """Text from a model, as it comes; several prompts run as one batch."""
     loaded, tokenizer = checkpoint.load_model(model)
     if not hasattr(loaded, "generate"):
         raise ValueError(f"{model}: a classifier writes no text: fastlm classify {model} TEXT")
+    if int8:
+        quantize(loaded)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = prompts or [""]
     if len(prompts) == 1:
@@ -427,6 +430,14 @@ def generate(
     for prompt, row in zip(prompts, rows, strict=True):
         console.rule()
         console.out(prompt + tokenizer.decode(row))
+
+
+def quantize(model) -> None:
+    try:
+        from fastlm.integrations.torchao import quantize_
+    except ImportError as error:
+        raise ValueError(f"--int8 needs torchao 0.15 or later (pip install torchao): {error}") from None
+    quantize_(model)
 
 
 def print_sample(model, tokenizer, prompt: str, max_new_tokens: int, *, device: str, **options) -> None:

@@ -31,6 +31,7 @@ NEEDS = {
     "test_finetune.py": (*TRAINING, "rich", "typer"),
     "test_fuzz.py": ("numpy",),
     "test_hypothesis.py": ("hypothesis",),
+    "test_int8.py": (*TRAINING, "rich", "torchao", "transformers", "typer"),
     "test_kills.py": TRAINING,
     "test_lora.py": (*TRAINING, "peft", "rich", "typer"),
     "test_opinfo.py": ("expecttest", "numpy"),

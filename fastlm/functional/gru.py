@@ -20,7 +20,7 @@ _GRU = (
 _GRU_PACKED = ("data", "batch_sizes", *_GRU[1:-1])
 
 
-def _gru_arguments(args: tuple, kwargs: dict) -> dict:
+def gru_arguments(args: tuple, kwargs: dict) -> dict:
     """The arguments of either overload of torch._VF.gru by name."""
     packed = "batch_sizes" in kwargs or "data" in kwargs or (len(args) > 2 and isinstance(args[2], Tensor))
     names = _GRU_PACKED if packed else _GRU
@@ -184,7 +184,7 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         ValueError: a probability outside [0, 1].
         RuntimeError: shapes, dtypes or devices that do not fit; no time step; bad batch sizes.
     """
-    a = _gru_arguments(args, kwargs)
+    a = gru_arguments(args, kwargs)
     batch_sizes = a.get("batch_sizes")
     packed = "batch_sizes" in a
     input, hx, params = a["data" if packed else "input"], a["hx"], a["params"]

@@ -55,6 +55,11 @@ class Model(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config_values() | extra
         tensors = self.stored_tensors() if state_dict is None else state_dict
+        for name, tensor in tensors.items():
+            if type(tensor) is not Tensor:
+                raise ValueError(
+                    f"save_pretrained: {name} is kept as {type(tensor).__name__}; save a model before it is quantized"
+                )
         write_files(
             {
                 folder / WEIGHTS: packed({name: t.contiguous() for name, t in tensors.items()}),

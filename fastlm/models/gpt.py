@@ -300,7 +300,7 @@ class GPT(LanguageModel):
         """Reads right-padded prompts (B, T) into a new cache with room for ``capacity`` tokens a
         row; returns the logits (B, V) after each row's last token, and the cache."""
         check_tokens("GPT.prefill", idx, None, self.max_length)
-        cache = KVCache(self.config, lengths, capacity, self.lm_head.weight)
+        cache = KVCache(self.config, lengths, capacity, self.transformer["wte"].weight)
         x = self._hidden(idx, torch.arange(idx.shape[1], device=idx.device), cache, prefill=True)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self.lm_head(last), cache
