@@ -436,7 +436,7 @@ def quantize(model) -> None:
     try:
         from fastlm.integrations.torchao import quantize_
     except ImportError as error:
-        raise ValueError(f"--int8 needs torchao 0.15 or later (pip install torchao): {error}") from None
+        raise ValueError(f"--int8 needs torchao 0.17 or later (pip install torchao): {error}") from None
     quantize_(model)
 
 

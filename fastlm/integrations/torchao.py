@@ -22,8 +22,12 @@ class Int8Weight(Int8Tensor):
     @classmethod
     def of(cls, weight: Tensor) -> "Int8Weight":
         """Quantized from a floating weight, or what torchao quantized in this way already."""
-        if not isinstance(weight, Int8Tensor):
+        if type(weight) in (Tensor, nn.Parameter):
             weight = Int8Tensor.from_hp(weight.detach(), granularity=PerRow())
+        elif not isinstance(weight, Int8Tensor):
+            raise ValueError(
+                f"quantize_: expected weights that are Tensors or torchao's Int8Tensors, got {type(weight).__name__}"
+            )
         more = [getattr(weight, name, None) for name in ("act_quant_kwargs", "act_pre_scale")]
         zero_point = getattr(weight, "zero_point", None)
         if (
