@@ -69,7 +69,7 @@ def run(console: Console, asked: Request) -> bool:
     for name, value in facts.items():
         console.print(f"{name:<10} {value}", soft_wrap=True, markup=False)
     peaks, done, sweeps = Peaks(), [], []
-    swept_in = min((w.dtype for w in chosen), key=DTYPES.index)
+    swept_in = next((dtype for dtype in DTYPES if any(w.dtype == dtype for w in chosen)), DTYPES[0])
     for operator in dict.fromkeys(w.operator for w in chosen):
         measured = []
         for workload in [w for w in chosen if w.operator == operator]:

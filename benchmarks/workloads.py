@@ -1,5 +1,5 @@
-"""What is measured and who competes: the `bench` cases of tests/cases.py, and the models' training
-steps."""
+"""What is measured and who competes: the `bench` cases of tests/cases.py, and the models' steps of training
+and of generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from harness import cotangents_for, differentiable, map_tensors, tensors_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.decoding_step import DecodingStep
 from benchmarks.training_step import STEPS, TrainingStep
 from fastlm import _C
 
@@ -17,6 +18,7 @@ EAGER, UNFUSED, COMPILED, FASTLM = "eager", "eager unfused", "torch.compile", "f
 FORWARD, BOTH = "forward", "forward+backward"
 DTYPES = (torch.float32, torch.bfloat16)
 MEASURED = OPERATORS | {LINEAR.name: LINEAR}
+STEPS_OF_MODELS = {step.operator: step for step in (TrainingStep, DecodingStep)}
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Workload:
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        if self.operator == TrainingStep.operator:
-            return TrainingStep.contenders
+        if self.operator in STEPS_OF_MODELS:
+            return STEPS_OF_MODELS[self.operator].contenders
         if self.operator == "scaled_dot_product_attention":
             return (EAGER, UNFUSED, COMPILED, FASTLM)
         if self.operator == "gru":  # torch.compile leaves nn.GRU to eager
@@ -44,11 +46,11 @@ class Workload:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The passes that its problem may have."""
-        return TrainingStep.kinds if self.operator == TrainingStep.operator else (FORWARD, BOTH)
+        return STEPS_OF_MODELS[self.operator].kinds if self.operator in STEPS_OF_MODELS else (FORWARD, BOTH)
 
     def problem(self):
-        if self.operator == TrainingStep.operator:
-            return TrainingStep(self.shape, self.dtype)
+        if self.operator in STEPS_OF_MODELS:
+            return STEPS_OF_MODELS[self.operator](self.shape, self.dtype)
         return OperatorProblem(MEASURED[self.operator], self.shape, self.dtype)
 
 
@@ -62,7 +64,8 @@ def workloads() -> list[Workload]:
     ]
     # Training in bfloat16 is for CPUs that can multiply it: others take minutes for a step.
     trained_in = DTYPES if _C.multiply_adds(1, bf16=True) else DTYPES[:1]
-    return found + [Workload(TrainingStep.operator, name, dtype) for name in STEPS for dtype in trained_in]
+    found += [Workload(TrainingStep.operator, name, dtype) for name in STEPS for dtype in trained_in]
+    return found + [Workload(DecodingStep.operator, *case) for case in DecodingStep.cases()]
 
 
 class OperatorProblem:

@@ -535,7 +535,7 @@ def bench(
         typer.Argument(help="only benchmarks with one of these words in their name [default: all]"),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32 or bfloat16, may be repeated [default: both]")
+        list[str] | None, typer.Option(help="float32, bfloat16 or int8, may be repeated [default: all]")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="of torch [default: torch's own]")] = None,
     seconds: Annotated[float, typer.Option(help="timed calls of each pass over each shape")] = 2.0,
@@ -563,8 +563,8 @@ def bench(
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
     for name in dtype or ():
-        if name not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {name}")
+        if name not in ("float32", "bfloat16", "int8"):
+            raise ValueError(f"dtype must be float32, bfloat16 or int8, got {name}")
     sys.path.insert(0, str(root))
     from benchmarks import report
 
