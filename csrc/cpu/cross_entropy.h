@@ -128,6 +128,7 @@ template <class S> struct Row {
     V sum{};
     each_vector<T>(n, [&](int64_t c, auto w) {
       const V e = exp_negative(load<T>(v + c, w) - splat(r));
+      __builtin_prefetch(v + n + c);  // the block after: the memory works meanwhile
       keep(c, e, w);
       sum += fill_rest(e, w, T(0));
     });
