@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import OPERATORS
 from test_cli import TINY, run  # noqa: F401
 from test_train import corpus, curve, options, train_until, weights  # noqa: F401
 
@@ -417,3 +418,42 @@ def test_no_source_reads_a_pickle():
                 assert (ast.unparse(node.value), node.attr) not in calls, where
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec"), where
+
+
+# ---- operators --------------------------------------------------------------------------------
+
+NAN_CALLS = {
+    "scaled_dot_product_attention": [(1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8)],
+    "gru_cell": [(3, 5), (3, 8), (24, 5), (24, 8), (24,), (24,)],
+    "gru": [(4, 3, 5), (1, 3, 8), (24, 5), (24, 8), (24,), (24,)],
+    "cross_entropy": [(4, 33)],
+    "linear_cross_entropy": [(4, 16), (33, 16)],
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, i) for name, shapes in NAN_CALLS.items() for i in range(len(shapes))]
+)
+def test_operators_give_nan_where_pytorch_does(isa, name, place, value):
+    """In the outputs and in every gradient; each argument in turn holds one."""
+    tensors = [torch.randn(shape) for shape in NAN_CALLS[name]]
+    tensors[place].view(-1)[3] = value
+
+    def call(function):
+        given = [x.clone().requires_grad_() for x in tensors]
+        if name == "gru":
+            outputs = function(*given[:2], given[2:], True, 1, 0.0, False, False, False)
+        elif name.endswith("cross_entropy"):
+            outputs = function(*given, torch.tensor([3, 0, 32, 7]))
+        else:
+            outputs = function(*given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad([x.sum() for x in outputs], given)
+
+    operator = OPERATORS[name]
+    # The fused attention of PyTorch's CPU takes a query that is NaN for one without keys; its formula doesn't.
+    expected = operator.reference if name == "scaled_dot_product_attention" else operator.eager
+    for ours, theirs in zip(call(operator.function), call(expected), strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        assert torch.equal(ours.isnan(), theirs.isnan())
