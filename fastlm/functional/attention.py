@@ -316,6 +316,8 @@ def scaled_dot_product_attention(
             x.to(low) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (query, key, value, attn_mask)
         )
+    for label, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        check_flag("fastlm.scaled_dot_product_attention", label, flag)
     usual = _is_usual(query, key, value, enable_gqa)
     if not usual:
         _check_attention_inputs(query, key, value)
@@ -324,7 +326,6 @@ def scaled_dot_product_attention(
     name = "fastlm.scaled_dot_product_attention"
     check_number(name, "dropout_p", dropout_p)
     check_flag(name, "is_causal", is_causal)
-    check_flag(name, "enable_gqa", enable_gqa)
     check_number(name, "softcap", softcap)
     if not 0.0 <= dropout_p <= 1.0:
         raise _attention_error(f"dropout_p is {dropout_p}, expected a probability between 0 and 1")

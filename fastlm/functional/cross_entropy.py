@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.functional.arguments import check_integer, check_number, check_tensor
+from fastlm.functional.arguments import check_flag, check_integer, check_number, check_tensor
 from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
@@ -192,7 +192,7 @@ def cross_entropy(
         and z_loss == softcap == 0.0
         and type(label_smoothing) in (float, int)
         and label_smoothing >= 0  # else PyTorch takes it for none
-        and not return_lse
+        and return_lse is False
         and isinstance(input, Tensor)
         and isinstance(target, Tensor)
         and target.dtype is torch.int64
@@ -209,6 +209,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     code = _check_loss_options(name, reduction, label_smoothing, z_loss, softcap)
+    check_flag(name, "return_lse", return_lse)
     _check_tensors(name, input=input, target=target, weight=weight)
     check_integer(name, "ignore_index", ignore_index)
     shape = tuple(input.shape)
@@ -361,6 +362,7 @@ def linear_cross_entropy(
         )  # fmt: skip
     name = "fastlm.linear_cross_entropy"
     code = _check_loss_options(name, reduction, label_smoothing, z_loss, softcap)
+    check_flag(name, "return_lse", return_lse)
     if options is not None and not (_Options and isinstance(options, _Options)):
         raise TypeError(
             f"{name}: options is a {type(options).__name__},"

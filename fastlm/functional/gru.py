@@ -243,7 +243,9 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
     else:
         T, B = input.shape[:2]
         if T == 0:
-            raise RuntimeError("fastlm.gru: Expected sequence length to be larger than 0 in RNN")
+            raise RuntimeError(
+                "fastlm.gru: input has no step: Expected sequence length to be larger than 0 in RNN"
+            )
         if hx.shape[1] != B:
             raise RuntimeError(
                 f"fastlm.gru: hx has batch size {hx.shape[1]}, expected {B} (input is (T={T}, B={B}, I={I}))"
