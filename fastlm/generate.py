@@ -118,8 +118,8 @@ def _steps(model, rows, max_new_tokens, options, seed, stop_tokens) -> Iterator[
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     alive = [True] * len(rows)
     state, room = None, 0
-    for _ in range(max_new_tokens):
-        with _inference(model):
+    for step in range(max_new_tokens):
+        with _inference(model, whole=step == 0):
             if room == 0:
                 logits, state, room = _prefill(model, rows, max_new_tokens, device)
             else:
@@ -156,16 +156,22 @@ def _prefill(model, rows, max_new_tokens, device):
 
 class _inference:
     """Evaluation mode without gradients for one step, so that a caller who stops reading a stream
-    midway, or trains between two of its steps, finds the model as it was."""
+    midway, or trains between two of its steps, finds the model as it was.
 
-    def __init__(self, model):
-        self.model, self.no_grad = model, torch.no_grad()
+    A walk through the modules takes as long as a small layer: behind the first step, a model whose own mode is
+    evaluation is one as a whole."""
+
+    def __init__(self, model, whole: bool):
+        self.model, self.whole, self.no_grad = model, whole, torch.no_grad()
 
     def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
+        look = self.whole or self.model.training
+        self.trained = [m for m in self.model.modules() if m.training] if look else []
+        for module in self.trained:
+            module.training = False
         self.no_grad.__enter__()
 
     def __exit__(self, *error):
         self.no_grad.__exit__(*error)
-        self.model.train(self.training)
+        for module in self.trained:
+            module.training = True

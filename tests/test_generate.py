@@ -81,6 +81,9 @@ def test_stream_yields_as_it_goes_and_leaves_the_model_as_it_was(model):
     steps = stream(model, PROMPTS[:1], 20, temperature=0)
     first = next(steps)
     assert model.training and torch.is_grad_enabled()
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout)).eval()
+    model.generate([[1, 2]], 2)
+    assert model.training and not frozen.training
     rest = [step[0] for step in steps]
     assert first + rest == greedy_without_cache(model.eval(), PROMPTS[0], 20)
 

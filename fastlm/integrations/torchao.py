@@ -41,16 +41,14 @@ class Int8Weight(Int8Tensor):
             )
         return cls(weight.qdata, weight.scale, weight.block_size, weight.dtype)
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return fused.linear(x, self.qdata, bias, scale=self.scale.flatten().to(x.dtype))
-
 
 @Int8Weight.implements_torch_function(nn.functional.linear)
 def _linear(function, types, args, kwargs):
-    def call(input: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-        return weight.product(input, bias)
+    return _product(*args, **kwargs)
 
-    return call(*args, **kwargs)
+
+def _product(input: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    return fused.linear(input, weight.qdata, bias, scale=weight.scale.view(-1).to(input.dtype))
 
 
 @Int8Weight.implements_torch_function(fused.gru)
