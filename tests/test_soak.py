@@ -2,7 +2,6 @@
 without."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +25,11 @@ def rows(memory, files=lambda i: 12, threads=lambda i: 3):
         (rows(lambda i: 200.0 + i / 40), False, "growth +8.97 MiB, allowed 5"),
         (rows(lambda i: 200.0 + i // 80 * 3), False, "allowed 5"),  # in steps
         (rows(lambda i: 200.0, files=lambda i: 12 + i // 150), False, "open files +2"),
-        (rows(lambda i: 200.0, threads=lambda i: 3 + i // 390), False, "threads +1"),
+        (rows(lambda i: 200.0, files=lambda i: 12 + (i == 390)), True, "open files +0"),  # for a moment
+        (rows(lambda i: 200.0, threads=lambda i: 3 + i // 300), False, "threads +1"),
         (rows(lambda i: 200.0)[:45], False, "only 5 samples"),
     ],
-    ids="flat warm-up peaks leak leak-in-steps files threads too-short".split(),
+    ids="flat warm-up peaks leak leak-in-steps files file threads too-short".split(),
 )
 def test_verdict(sampled, flat, words):
     answer = verdict(sampled, warm_up=40, allowed=5)
@@ -48,4 +48,3 @@ def test_short_run(leak):
     )
     assert done.returncode == bool(leak), done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("GROWS" if leak else "flat"), done.stdout + done.stderr
-    assert re.search(r"open files (\+0|-\d+), threads (\+0|-\d+)", done.stdout), done.stdout
