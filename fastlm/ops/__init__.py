@@ -17,8 +17,7 @@ KERNEL_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.f
 
 # Function -> the size (elements of query, logits, states) up to which a call on the CPU is tiny. A library's
 # operator takes some 5 us to reach its kernel, through Python and the dispatcher, and plain PyTorch has
-# answered by then; a cell's single step is not worth packing its weights for. It serves tiny calls that ask for
-# nothing but what it does too.
+# answered by then. It serves tiny calls that ask for nothing but what it does too.
 TINY = {"scaled_dot_product_attention": 1 << 11, "cross_entropy": 1 << 13, "gru_cell": 1 << 8}
 
 # ---- families of kernels -------------------------------------------------------------------

@@ -28,7 +28,7 @@ _is_compiling = torch.compiler.is_compiling
 # Elements of input times elements of weight below which a choice gains less than it costs to look up. Other
 # dtypes have none.
 _SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 22}
-_SMALL_WEIGHT = 1 << 17
+_SMALL_WEIGHT = 1 << 17  # elements of weight alone, for a few tokens: reading them takes the time
 _TYPES = (Tensor, Parameter)
 _ALL_TORCH = ("torch", "torch", "torch")
 # The ways of forward, input gradient and weight gradient; torch's too for a gradient that isn't wanted.
@@ -50,7 +50,6 @@ def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dty
         return None
     size, shape = weight.numel(), weight.shape
     if elements * size < small and products.forced is None:
-        # Of a few tokens reading the weights takes the time.
         if size < _SMALL_WEIGHT or elements > products.FEW * shape[-1]:
             return None
     if len(shape) != 2 or input.dim() == 0 or input.shape[-1] != shape[1] or 0 in shape:
@@ -78,7 +77,7 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """Whether these are plain tensors of fitting dtypes and shapes, and nothing asks for F.linear itself or
     for torch's own choice of the products."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if not _are_plain(tensors) or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     dtypes = products.DTYPES if autocast else (dtype,)
     for x in tensors:
@@ -91,7 +90,6 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
         or torch.are_deterministic_algorithms_enabled()
         or not torch._C._get_mkldnn_enabled()
         or torch._C._get_fp32_precision_getter("mkldnn", "matmul") not in ("none", "ieee")
-        or not _are_plain(tensors)
     )
 
 

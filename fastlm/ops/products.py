@@ -5,7 +5,7 @@
     float32  operands of 16 bits are converted, multiplied as float32 by torch, and the result is rounded
              once; float32 operands under autocast are taken as they are. Where the CPU has no products of
              16 bits, torch's take up to 80 times as long (Zen 3, see benchmarks/NOTES.md).
-    fastlm   csrc/cpu/linear.h, for a few tokens, where reading the weights takes the time
+    fastlm   csrc/cpu/few_tokens.h, for a few tokens, where reading the weights takes the time
 
 The three products of a linear layer are timed at their first use for a class of shapes. FASTLM_LINEAR names
 one of the libraries' for all calls instead.
