@@ -13,6 +13,14 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "kept_memory.h"
+
+#if defined(__linux__)  // new in torch 2.11
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* ctx), void* ctx);
+#endif
 
 namespace fastlm {
 
@@ -63,6 +71,25 @@ inline void check_device(const Tensor& t, const Tensor& like, const char* op, co
                   ": ", name, " is on another device than input");
 }
 
+// Null where the memory can't be had, or torch can't take it.
+inline AtenTensorHandle new_in_kept_memory(Ints size, Ints strides, int32_t dtype, size_t bytes) {
+#if defined(__linux__)
+  size_t held;
+  void* const data = torch_from_blob ? KeptMemory::take(bytes, &held) : nullptr;
+  if (!data) return nullptr;
+  const auto give = [](void* p, void* n) { KeptMemory::give(p, reinterpret_cast<size_t>(n)); };
+  AtenTensorHandle made;
+  if (!torch_from_blob(data, int64_t(size.size()), size.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
+                       -1, &made, aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(held)))
+    return made;
+  KeptMemory::give(data, held);
+#else
+  (void)size, (void)strides, (void)dtype, (void)bytes;
+#endif
+  return nullptr;
+}
+
+// Uninitialised, on the device of `like` or the CPU; the strides leave no gap.
 inline Tensor new_strided(Ints size, Ints strides, ScalarType dtype, const Tensor* like) {
   int32_t device = aoti_torch_device_type_cpu(), index = 0;
   if (like) {
@@ -70,14 +97,20 @@ inline Tensor new_strided(Ints size, Ints strides, ScalarType dtype, const Tenso
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like->get(), &index));
   }
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type, device,
-                                                  index, &made));
+  AtenTensorHandle made = nullptr;
+  if (device == aoti_torch_device_type_cpu()) {
+    size_t bytes = aoti_torch_dtype_element_size(type);
+    for (size_t i = 0; i < size.size(); ++i) bytes *= size_t(size[i]);
+    if (bytes >= KeptMemory::kLeast) made = new_in_kept_memory(size, strides, type, bytes);
+  }
+  if (!made)
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), type, device,
+                                                    index, &made));
   return Tensor(made);
 }
 
-// Uninitialised, on the device of `like` or the CPU, without a gap between the elements. The shim's own
-// function: torch::stable::empty and new_empty are boxed calls, which take as long as a small kernel.
+// The same without a gap between the elements. The shim's own function: torch::stable::empty and new_empty are
+// boxed calls, which take as long as a small kernel.
 inline Tensor new_tensor(Ints size, ScalarType dtype, const Tensor* like = nullptr) {
   std::vector<int64_t> strides(size.size());
   int64_t stride = 1;
@@ -87,6 +120,13 @@ inline Tensor new_tensor(Ints size, ScalarType dtype, const Tensor* like = nullp
 
 inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor* like = nullptr) {
   return new_tensor(Ints(size.begin(), size.size()), dtype, like);
+}
+
+// As torch.empty_like.
+inline Tensor new_like(const Tensor& t) {
+  const Tensor fresh = torch::stable::empty_like(t);
+  if (size_t(fresh.numel()) * fresh.element_size() < KeptMemory::kLeast) return fresh;
+  return new_strided(fresh.sizes(), fresh.strides(), t.scalar_type(), &t);  // untouched, `fresh` has cost nothing
 }
 
 inline Tensor contiguous(const Tensor& t) {

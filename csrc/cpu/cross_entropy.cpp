@@ -5,7 +5,6 @@
 
 #include "../loss.h"
 #include "dispatch.h"
-#include "pages.h"
 
 namespace fastlm {
 namespace {
@@ -157,10 +156,9 @@ Tensor run(CrossEntropyParams& p, const Loss& l, const Tensor& input, DType dtyp
     kernel(p);
     return new_tensor({0}, l.dtype);
   }
-  Tensor dinput = torch::stable::empty_like(input);
+  Tensor dinput = new_like(input);
   Logits view;
   if (view_logits(dinput, l.N, l.S, &view) && view.rows == p.rows && view.N == p.N) {
-    back_with_huge_pages(dinput);
     p.dinput = dinput.mutable_data_ptr();
     p.dinput_at = view.at;
     kernel(p);
@@ -169,7 +167,7 @@ Tensor run(CrossEntropyParams& p, const Loss& l, const Tensor& input, DType dtyp
   const Tensor plain = torch::stable::contiguous(input);
   Logits source, result;
   set_logits(p, l, plain, &source);
-  const Tensor temporary = torch::stable::empty_like(plain);
+  const Tensor temporary = new_like(plain);
   view_logits(temporary, l.N, l.S, &result);
   p.dinput = temporary.mutable_data_ptr();
   p.dinput_at = result.at;
@@ -259,8 +257,7 @@ void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbi
   LinearCrossEntropyParams& p = l.params;
   const auto output = [&](const Tensor* like, void** data) {
     if (!like) return new_tensor({0}, loss.dtype);
-    Tensor t = torch::stable::empty_like(*like);
-    back_with_huge_pages(t);
+    Tensor t = new_like(*like);
     *data = t.mutable_data_ptr();
     return t;
   };
@@ -274,7 +271,6 @@ void run_linear(Linear& l, const Loss& loss, bool dinput, bool dweight, bool dbi
   p.token = loss.token;
   const auto& table = kernels().linear_cross_entropy;
   const Tensor scratch = new_tensor({table.scratch_bytes[l.dtype](p)}, ScalarType::Byte);
-  back_with_huge_pages(scratch);
   p.scratch = scratch.mutable_data_ptr();
   table.run[l.dtype](p);
 }
