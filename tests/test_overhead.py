@@ -1,5 +1,7 @@
 """Calls so small that plain PyTorch is faster than a kernel's operator: who serves them, and what of."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,16 +63,54 @@ def test_attention_without_gradients_is_eagers_to_the_bit(served, dtype, is_caus
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     assert torch.equal(fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal), expected)
     assert served == ["scaled_dot_product_attention"]
-    q.requires_grad_()
-    with torch.no_grad():
-        fastlm.scaled_dot_product_attention(q, k, v)
-    assert len(served) == 2
 
 
-def test_attention_with_gradients_has_second_derivatives(served):
-    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 3, 4, dtype=torch.float64))
-    assert torch.autograd.gradgradcheck(fastlm.scaled_dot_product_attention, (q, k, v))
-    assert not served
+def _gradients(function, inputs, upstream, **options):
+    return torch.autograd.grad(function(*inputs), inputs, upstream, **options)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_attentions_gradients_are_eagers_to_the_bit(served, dtype, is_causal):
+    *inputs, upstream = torch.randn(4, 1, 2, 8, 16, dtype=dtype).unbind()
+    for x in inputs:
+        x.requires_grad_()
+    ours, theirs = (
+        _gradients(partial(f, is_causal=is_causal), inputs, upstream)
+        for f in (fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    )
+    assert served == ["scaled_dot_product_attention"]
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        assert torch.equal(ours_, theirs_)
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("wanted", ((0, 1, 2), (1,), (0, 2)), ids=str)
+def test_attention_has_second_derivatives(served, is_causal, wanted):
+    inputs = list(torch.randn(3, 1, 1, 3, 4, dtype=torch.float64).unbind())
+
+    def attention(*given):
+        for i, x in zip(wanted, given, strict=True):
+            inputs[i] = x
+        return fastlm.scaled_dot_product_attention(*inputs, is_causal=is_causal)
+
+    given = [inputs[i].clone().requires_grad_() for i in wanted]
+    assert torch.autograd.gradcheck(attention, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(attention, given)
+    assert "scaled_dot_product_attention" in served
+    x = given[0]  # at each place the same
+    assert torch.autograd.gradgradcheck(lambda x: fastlm.scaled_dot_product_attention(x, x, x), x)
+
+
+def test_attention_changed_before_its_backward_is_an_error(served):
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 8, 16).unbind())
+    used = q * 1
+    out = fastlm.scaled_dot_product_attention(used, k, v)
+    assert served
+    used.mul_(2)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), q, create_graph=create_graph, retain_graph=True)
 
 
 def cell(B=2, H=8, **options):

@@ -12,7 +12,6 @@ from fastlm.ops import (
     KERNEL_DTYPES,
     autocast_is_on,
     is_tiny,
-    requires_grad,
     transforms_are_off,
     under_transform,
 )
@@ -44,18 +43,22 @@ def _check_scale(name: str, scale: float | None, D: int) -> float:
     return float(scale)
 
 
-def _is_tiny(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether plain PyTorch serves a call without options, since it is faster. Not where a gradient may
-    be asked for: its kernel has no second derivatives and no forward-mode AD. Its checks let a value pass
-    that has fewer rows than key, and it reads behind them: shapes are compared here."""
-    return (
-        not requires_grad(query, key, value)
-        and is_tiny("scaled_dot_product_attention", query)
-        and query.dtype in KERNEL_DTYPES
-        and not query.is_nested
-        and query.shape == key.shape == value.shape
-        and transforms_are_off()
-    )
+def _tiny(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
+    """What plain PyTorch gives for a call without options, where it is faster."""
+    if (
+        not is_tiny("scaled_dot_product_attention", query)
+        or query.dtype not in KERNEL_DTYPES
+        or not transforms_are_off()
+    ):
+        return None
+    try:
+        # PyTorch's checks let a value pass that has fewer rows than key, and it reads behind them.
+        if not query.shape == key.shape == value.shape:
+            return None
+        out = torch._C._nn.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None  # arguments that don't fit: the caller's checks say so
+    return ops_attention.twice_differentiable(out, query, key, value, is_causal) if out.requires_grad else out
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
@@ -271,8 +274,8 @@ def scaled_dot_product_attention(
         ValueError: shapes, devices or layouts that don't fit, options out of range.
         TypeError: an unsupported or unequal dtype.
 
-    A tiny call on the CPU (see :data:`fastlm.ops.TINY`) with nothing but defaults and `is_causal`, and
-    without gradients, is PyTorch's own.
+    A tiny call on the CPU (see :data:`fastlm.ops.TINY`) with nothing but defaults and `is_causal` is PyTorch's
+    own.
 
     Gradients are deterministic. Second derivatives, forward-mode AD and :mod:`torch.func` transforms go
     through :func:`fastlm.reference.scaled_dot_product_attention`.
@@ -287,14 +290,9 @@ def scaled_dot_product_attention(
         and enable_gqa is return_lse is False
         and window_size == (-1, -1)
         and not has_torch_function_variadic(query, key, value)
-        and isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and _is_tiny(query, key, value)
+        and (tiny := _tiny(query, key, value, is_causal)) is not None
     ):
-        try:
-            return torch._C._nn.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal)
-        except (RuntimeError, TypeError, ValueError):
-            pass  # arguments that don't fit: the checks below say so
+        return tiny
     if attn_mask is not None and reference.is_causal_bias(attn_mask):
         if is_causal:
             raise _attention_error("a CausalBias as attn_mask cannot be combined with is_causal=True")

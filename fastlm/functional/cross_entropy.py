@@ -193,11 +193,9 @@ def cross_entropy(
         and type(label_smoothing) in (float, int)
         and label_smoothing >= 0  # else PyTorch takes it for none
         and return_lse is False
-        and isinstance(input, Tensor)
+        and is_tiny("cross_entropy", input)
         and isinstance(target, Tensor)
         and target.dtype is torch.int64
-        and is_tiny("cross_entropy", input)
-        and not torch._C._is_any_autocast_enabled()
     ):
         try:
             return torch._C._nn.cross_entropy_loss(

@@ -302,11 +302,10 @@ def gru_cell(
         and zoneout == recurrent_dropout == 0.0
         and not gains
         and type(training) is bool
+        and is_tiny("gru_cell", hx)
         and isinstance(input, Tensor)
-        and isinstance(hx, Tensor)
         and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
         and input.dim() == hx.dim() == 2
-        and is_tiny("gru_cell", hx)
         and not torch._C._is_any_autocast_enabled()
     ):
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import _C, cuda, triton
 
@@ -170,12 +171,15 @@ def choose_backend(
     return _forced
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
 def is_tiny(function: str, tensor: torch.Tensor) -> bool:
     """Whether plain PyTorch serves a call of this tensor's size (see TINY) on the CPU, since it is faster.
-    Never where a backend is forced, nor in a compiled program, whose calls cost less."""
-    if _forced is not None or not tensor.is_cpu or torch.compiler.is_compiling():
+    Never where a backend is forced, nor in a compiled or exported program, whose calls cost less."""
+    if _forced is not None or type(tensor) not in _PLAIN or is_dynamo_compiling():
         return False
-    return 0 < tensor.numel() <= TINY[function]
+    return tensor.is_cpu and 0 < tensor.numel() <= TINY[function]
 
 
 def _refusal(family, function: str, tensor: torch.Tensor) -> str | None:

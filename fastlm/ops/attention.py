@@ -6,6 +6,8 @@ attn_mask (B or 1, Hq or 1, Tq or 1, Tk or 1), alibi_slopes (B, Hq) and sinks (H
 Packed sequences: query (T, Hq, D), lse (Hq, T).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -196,6 +198,25 @@ def _run(op, function, inputs, differentiable, return_lse):
 def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
     """out, or out and lse; inputs are those of the schema of fastlm::attention_forward."""
     return _run(kernel(backend, "attention_forward"), _attention, inputs, 6, return_lse)
+
+
+def twice_differentiable(out: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
+    """A result of PyTorch's fused attention, whose node has no second derivative, with a hook that gives these by
+    the formula where gradients are to be differentiated again; None for that of another of PyTorch's kernels,
+    which are slower than ours."""
+    node = out.grad_fn
+    if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
+        return None
+
+    formula = partial(reference.scaled_dot_product_attention, is_causal=is_causal)
+
+    def hook(gradients, upstream):
+        if torch.is_grad_enabled():
+            needs = [g is not None for g in gradients]
+            return reference_backward(formula, (query, key, value), needs, upstream)
+
+    node.register_hook(hook)
+    return out
 
 
 def varlen_attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
