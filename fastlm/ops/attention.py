@@ -200,7 +200,9 @@ def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor,
     return _run(kernel(backend, "attention_forward"), _attention, inputs, 6, return_lse)
 
 
-def twice_differentiable(out: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
+def twice_differentiable(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool
+) -> Tensor | None:
     """A result of PyTorch's fused attention, whose node has no second derivative, with a hook that gives these by
     the formula where gradients are to be differentiated again; None for that of another of PyTorch's kernels,
     which are slower than ours."""
