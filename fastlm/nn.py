@@ -582,3 +582,29 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; errors are those of the function."""
         return functional.linear(input, self.weight, self.bias)
+
+
+# ---- TorchScript ---------------------------------------------------------------------------
+
+_ADDED = {"zoneout": 0.0, "recurrent_dropout": 0.0, "layer_norm": False, "z_loss": 0.0, "softcap": 0.0,
+          "return_lse": False}  # fmt: skip
+
+
+def _scripted(module: torch.nn.Module) -> torch.nn.Module:
+    """What torch.jit.script compiles, and leaves in the model, in the place of a module of ours, whose functions
+    it can't read: torch's of the same state. A subclass may compute something else, and is compiled as it is."""
+    kind = type(module)
+    name = kind.__name__
+    if kind.__module__ != __name__ or not hasattr(torch.nn, name):
+        return module
+    for option, default in _ADDED.items():
+        if getattr(module, option, default) != default:
+            raise RuntimeError(f"fastlm.nn.{name}: torch.nn.{name}, which TorchScript takes, has no {option}")
+    twin = getattr(torch.nn, name)
+    twin = twin.__new__(twin)
+    twin.__dict__ = {k: v for k, v in vars(module).items() if k not in _ADDED and k != "_norm_names"}
+    return twin
+
+
+for _name in __all__:
+    globals()[_name].__prepare_scriptable__ = _scripted

@@ -361,15 +361,16 @@ def gru_cell(
 def gru_cell_stack(
     layer, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout, recurrent_dropout, layer_norm, training
 ):
-    """A cell as a GRU of one layer and one step."""
+    """A cell as a GRU of one layer and one step. Its last states, of which the backward takes nothing, may
+    be changed in place as those of torch.nn.GRUCell."""
     biases = [] if b_ih is None and b_hh is None else [
         b if b is not None else w_ih.new_zeros(w_ih.shape[0]) for b in (b_ih, b_hh)
     ]  # fmt: skip
-    output, _ = gru_stack(
+    _, hn = gru_stack(
         layer, input.unsqueeze(0), None, hx.unsqueeze(0), [w_ih, w_hh, *biases], len(biases) > 0, 1, 0.0,
         training, False, zoneout, recurrent_dropout, layer_norm,
     )  # fmt: skip
-    return output.squeeze(0)
+    return hn.squeeze(0)
 
 
 # ---- cross_entropy ------------------------------------------------------------------------

@@ -561,6 +561,46 @@ def test_compiles_whole_and_dynamic(name):
             torch.testing.assert_close(*results)
 
 
+class Everything(nn.Module):
+    """All modules, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.cell = fastlm.nn.GRU(8, 8, 2, dropout=0.5), fastlm.nn.GRUCell(8, 8)
+        self.attention = fastlm.nn.MultiheadAttention(8, 2)
+        self.linear, self.loss = fastlm.nn.Linear(8, 9), fastlm.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor):
+        y = self.gru(x)[0]
+        y = self.attention(y, y, y, need_weights=False)[0].flatten(0, 1)
+        return self.loss(self.linear(self.cell(y)), target)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ("trace", "script"))
+def test_torchscript(how):
+    """A graph of torch's operators alone: stored, and of another length when it runs."""
+    model = Everything().eval()
+    x, target = torch.randn(5, 3, 8), torch.arange(15) % 9
+    longer, more = torch.randn(7, 3, 8), torch.arange(21) % 9
+    expected = model(longer, more)
+    graph = torch.jit.trace(model, (x, target)) if how == "trace" else torch.jit.script(model)
+    stored = io.BytesIO()
+    torch.jit.save(graph, stored)
+    stored.seek(0)
+    loaded = torch.jit.load(stored)
+    torch.testing.assert_close(loaded(longer, more), expected)
+    graph = loaded.inlined_graph
+    assert graph.findNode("aten::gru") is not None
+    assert not any(node.kind().startswith("fastlm") for node in graph.nodes())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_has_none_of_our_options():
+    with pytest.raises(RuntimeError, match="fastlm.nn.GRU: .* has no zoneout"):
+        torch.jit.script(nn.Sequential(fastlm.nn.GRU(3, 4, zoneout=0.1)))
+
+
 def test_compiled_gru_with_packed_sequences():
     module = fastlm.nn.GRU(8, 4, bidirectional=True)
     packed = pack_sequence([torch.randn(n, 8) for n in (5, 3, 1)])

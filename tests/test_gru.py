@@ -153,6 +153,25 @@ def test_replaced_weights_are_used():
     torch.testing.assert_close(theirs(x), ours(x))
 
 
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_results_may_be_changed_in_place(batch_first):
+    """As those of torch on a CPU: `h[done] = 0` in a recurrent policy, `F.relu_(output)`."""
+    options = dict(num_layers=2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(5, 3, 6, requires_grad=True)
+    gradients = []
+    for kind, cell in ((torch.nn.GRU, torch.nn.GRUCell), (fastlm.nn.GRU, fastlm.nn.GRUCell)):
+        torch.manual_seed(0)
+        module, step = kind(6, 40, **options), cell(6, 40)
+        output, hn = module(x)
+        state = step(x[0], step(x[1]))
+        output[1] = 0
+        hn.relu_()
+        state[0] = 0
+        total = output.square().sum() + hn.sum() + state.sum()
+        gradients.append(torch.autograd.grad(total, [x, *module.parameters(), *step.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_backward_twice_and_partly():
     module = fastlm.nn.GRU(4, 6)
     x = torch.randn(3, 2, 4, requires_grad=True)
@@ -384,9 +403,10 @@ def test_errors(args, options, kind, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ((X[0], H0[0, :1], *W), "hx has batch size 1, expected 2 as the input"),
+        ((X[0], H0[0, :1], *W), r"Input batch size 2 doesn't match .* batch size 1 \(hx is \(1, 4\)\)"),
         ((X, H0[0], *W), r"input has shape \(5, 2, 3\), expected 2 dimensions"),
-        ((X[0], H0[0], W[0], W[0]), r"w_hh has shape \(12, 3\), expected \(12, 4\)"),
+        ((X[0], H0[0], W[0], W[0]), r"hidden0 .*hidden_size: got 4, expected 3 .*w_hh is \(12, 3\)"),
+        ((X[0], H0[0], W[0], W[1][:9]), r"w_hh has shape \(9, 4\), expected \(12, 4\)"),
         ((X[0], H0[0], *W, torch.zeros(11)), r"b_ih has shape \(11,\), expected \(12,\)"),
     ],
 )

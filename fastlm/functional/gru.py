@@ -255,11 +255,19 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         _check_gru_weights("gru", weights[layer * count : (layer + 1) * count], I if layer == 0 else D * H, H)
     _check_gru_weights("gru", weights[layers * count :], I, H)
 
-    output, hn = _run_gru(
-        "gru", reference.gru_stack, (input, hx),
-        (input, batch_sizes, hx, list(params), has_biases, layers, dropout, bool(a["train"]),
-         bidirectional, zoneout, recurrent_dropout, gains or None),
-    )  # fmt: skip
+    if torch.jit.is_tracing() and not (zoneout or recurrent_dropout or gains):
+        # An operator of any number of steps, in the format that a trace is stored in.
+        rest = (list(params), has_biases, layers, dropout, bool(a["train"]), bidirectional)
+        given = (input, batch_sizes, hx, *rest) if packed else (input, hx, *rest, False)
+        output, hn = torch._C._VariableFunctions.gru(*given)
+    else:
+        output, hn = _run_gru(
+            "gru", reference.gru_stack, (input, hx),
+            (input, batch_sizes, hx, list(params), has_biases, layers, dropout, bool(a["train"]),
+             bidirectional, zoneout, recurrent_dropout, gains or None),
+        )  # fmt: skip
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output = output.clone()  # the backward reads the other: this may be changed in place, as torch's
     return output.transpose(0, 1) if batch_first else output, hn
 
 
@@ -327,9 +335,21 @@ def gru_cell(
     for name, x in (("input", input), ("hx", hx)):
         if x.dim() != 2:
             raise RuntimeError(f"fastlm.gru_cell: {name} has shape {tuple(x.shape)}, expected 2 dimensions")
+    # In the words of torch.nn.GRUCell.
+    if w_ih.dim() == 2 and input.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"fastlm.gru_cell: input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}"
+            f" (w_ih is {tuple(w_ih.shape)})"
+        )
     if hx.shape[0] != input.shape[0]:
         raise RuntimeError(
-            f"fastlm.gru_cell: hx has batch size {hx.shape[0]}, expected {input.shape[0]} as the input"
+            f"fastlm.gru_cell: Input batch size {input.shape[0]} doesn't match hidden0 batch size {hx.shape[0]}"
+            f" (hx is {tuple(hx.shape)})"
+        )
+    if w_hh.dim() == 2 and hx.shape[1] != w_hh.shape[1]:
+        raise RuntimeError(
+            f"fastlm.gru_cell: hidden0 has inconsistent hidden_size: got {hx.shape[1]}, expected {w_hh.shape[1]}"
+            f" (hx is {tuple(hx.shape)}, w_hh is {tuple(w_hh.shape)})"
         )
     if hx.shape[1] < 1:
         raise RuntimeError(

@@ -176,8 +176,9 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def is_tiny(function: str, tensor: torch.Tensor) -> bool:
     """Whether plain PyTorch serves a call of this tensor's size (see TINY) on the CPU, since it is faster.
-    Never where a backend is forced, nor in a compiled or exported program, whose calls cost less."""
-    if _forced is not None or type(tensor) not in _PLAIN or is_dynamo_compiling():
+    Never where a backend is forced, in a compiled or exported program, whose calls cost less, or in a trace,
+    which is for any size."""
+    if _forced is not None or type(tensor) not in _PLAIN or is_dynamo_compiling() or _is_tracing():
         return False
     return tensor.is_cpu and 0 < tensor.numel() <= TINY[function]
 
@@ -270,20 +271,24 @@ def autocast_is_on(device: torch.device) -> bool:
 
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
 
 
 def transforms_are_off() -> bool:
-    """No functorch transform is at work and no level of forward-mode AD is open: a cheap first question."""
-    return _interpreter() is None and forward_ad._current_level < 0
+    """No functorch transform is at work, no level of forward-mode AD is open, and torch.jit doesn't trace: a
+    cheap first question."""
+    return _interpreter() is None and forward_ad._current_level < 0 and not _is_tracing()
 
 
 def under_transform(*tensors: torch.Tensor | None) -> bool:
-    """Whether a functorch transform or forward-mode AD is at work: kernels have no rule for these,
-    the reference formulas compose with all of them."""
+    """Whether a functorch transform, forward-mode AD or torch.jit.trace is at work: kernels have no rule for
+    these, the reference formulas compose with all of them."""
     if torch.compiler.is_compiling() or transforms_are_off():
         return False
-    return _interpreter() is not None or any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    return (
+        _interpreter() is not None
+        or _is_tracing()
+        or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
 
 
