@@ -32,6 +32,7 @@ from torch.overrides import has_torch_function
 
 import fastlm.functional
 import fastlm.nn
+from fastlm import ops
 from fastlm.imports import AfterImport
 from fastlm.ops import KERNEL_DTYPES
 from fastlm.ops.linear import linear as ops_linear
@@ -102,6 +103,17 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
     _originals["linear_cross_entropy"] = F.linear_cross_entropy
 
 
+def _call(name: str, function: Callable, *args, **kwargs):
+    """function, fastlm's, of these arguments. What it refuses, torch's own of that name serves, or refuses in
+    its own words, which programs and tests know; unless a backend is forced, which serves or says why not."""
+    try:
+        return function(*args, **kwargs)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if ops._forced is not None or not str(error).startswith("fastlm."):
+            raise
+    return _originals[name](*args, **kwargs)
+
+
 def _scaled_dot_product_attention(
     query,
     key,
@@ -114,15 +126,18 @@ def _scaled_dot_product_attention(
     enable_gqa=False,
 ):
     mask = None if is_causal_bias(attn_mask) else attn_mask  # a tensor subclass that we know
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if _is_ours((query, key, value, mask)) and (attn_mask is None or not is_causal):
-        try:
-            return fastlm.functional.scaled_dot_product_attention(
-                *arguments, scale=scale, enable_gqa=enable_gqa
-            )
-        except (TypeError, ValueError):  # raised before any work: torch says it in its own words
-            pass
-    return _originals["scaled_dot_product_attention"](*arguments, scale=scale, enable_gqa=enable_gqa)
+    name = "scaled_dot_product_attention"
+    if (
+        _is_ours((query, key, value, mask))
+        and (attn_mask is None or not is_causal)
+        and (torch.compiler.is_compiling() or torch._C._get_math_sdp_enabled())  # else one of torch's by name
+    ):
+        function = fastlm.functional.scaled_dot_product_attention
+    else:
+        function = _originals[name]
+    return _call(
+        name, function, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _cross_entropy(
@@ -139,7 +154,9 @@ def _cross_entropy(
         function = fastlm.functional.cross_entropy
     else:
         function = _originals["cross_entropy"]
-    return function(
+    return _call(
+        "cross_entropy",
+        function,
         input,
         target,
         weight=weight,
@@ -167,7 +184,9 @@ def _linear_cross_entropy(
         function = fastlm.functional.linear_cross_entropy
     else:
         function = _originals["linear_cross_entropy"]
-    return function(
+    return _call(
+        "linear_cross_entropy",
+        function,
         input,
         linear_weight,
         target,
@@ -193,13 +212,13 @@ def _gru(input, *args, **kwargs):
         if isinstance(x, (list, tuple)):
             tensors += x
     if _is_ours(tuple(tensors)):
-        return fastlm.functional.gru(input, *args, **kwargs)
+        return _call("gru", fastlm.functional.gru, input, *args, **kwargs)
     return _originals["gru"](input, *args, **kwargs)
 
 
 def _gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     if _is_ours((input, hx, w_ih, w_hh, b_ih, b_hh)):
-        return fastlm.functional.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        return _call("gru_cell", fastlm.functional.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return _originals["gru_cell"](input, hx, w_ih, w_hh, b_ih, b_hh)
 
 

@@ -314,6 +314,20 @@ def test_errors(replacements, error, message):
         sdpa(**change(**replacements))
 
 
+def test_misuse_is_torchs_kind_of_error_too():
+    q = torch.randn(2, 3, 4, 8)
+    for call in (
+        (q, q.double(), q),
+        (q[0, 0, 0], q, q),
+        (q, q[..., :4], q),
+        (q, q, q, torch.ones(4, 4, dtype=torch.int32)),
+        (q, q, q, torch.ones(3, 9)),
+    ):
+        for function in (F.scaled_dot_product_attention, fastlm.scaled_dot_product_attention):
+            with pytest.raises(RuntimeError):
+                function(*call)
+
+
 def packed_arguments(**replacements):
     x = torch.randn(10, 2, 8)
     at = torch.tensor([0, 4, 10], dtype=torch.int32)

@@ -1,7 +1,7 @@
 """PyTorch's own operator and module samples (op_db, module_db), run through fastlm.
 
 What torch's test suite feeds to its functions and modules gives the same values, gradients
-and kinds of error with ours, called directly, as modules, and under fastlm.install().
+and errors (their types, and the words that the suite asks for) with ours, called directly, as modules, and under fastlm.install().
 """
 
 import warnings
@@ -158,9 +158,9 @@ def test_operator_samples_second_derivative(op):
 def test_operator_errors(op):
     for bad in op.error_inputs("cpu"):
         sample = bad.sample_input
-        with pytest.raises(bad.error_type):
+        with pytest.raises(bad.error_type, match=bad.error_regex):
             ours(op)(sample.input, *sample.args, **sample.kwargs)
-        with fastlm.installed(), pytest.raises(bad.error_type):
+        with fastlm.installed(), pytest.raises(bad.error_type, match=bad.error_regex):
             op.op(sample.input, *sample.args, **sample.kwargs)
 
 
@@ -276,7 +276,7 @@ def test_module_errors(info):
     ):
         given = bad.module_error_input.constructor_input
         if bad.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
-            with pytest.raises(bad.error_type):
+            with pytest.raises(bad.error_type, match=bad.error_regex):
                 module_class(*given.args, **given.kwargs)
             continue
         try:
@@ -286,9 +286,9 @@ def test_module_errors(info):
                 module_class(*given.args, **given.kwargs)
             continue
         forward = bad.module_error_input.forward_input
-        with pytest.raises(bad.error_type):
+        with pytest.raises(bad.error_type, match=bad.error_regex):
             module_class(*given.args, **given.kwargs)(*forward.args, **forward.kwargs)
-        with fastlm.installed(), pytest.raises(bad.error_type):
+        with fastlm.installed(), pytest.raises(bad.error_type, match=bad.error_regex):
             original(*forward.args, **forward.kwargs)
 
 

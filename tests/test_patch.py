@@ -244,21 +244,70 @@ def test_what_we_do_not_serve_keeps_torchs_function():
             F.scaled_dot_product_attention([1.0], [1.0], [1.0])
 
 
-def test_misuse_of_attention_raises_what_torch_raises():
-    x = torch.randn(2, 3, 4, 8)
+def test_misuse_raises_what_torch_raises():
+    """In torch's words, which programs and their tests may look for."""
+    x, logits, classes = torch.randn(2, 3, 4, 8), torch.randn(4, 5), torch.tensor([0, 4, 1, 2])
+    gru, cell = nn.GRU(5, 6), nn.GRUCell(5, 6)
     calls = [
         lambda: F.scaled_dot_product_attention(x, x[..., :4], x),
         lambda: F.scaled_dot_product_attention(x[0, 0, 0], x, x),
         lambda: F.scaled_dot_product_attention(x, x.double(), x),
         lambda: F.scaled_dot_product_attention(x, x, x, torch.ones(4, 4, dtype=torch.int32)),
         lambda: F.scaled_dot_product_attention(x, x, x, torch.ones(3, 9, dtype=torch.bool)),
+        lambda: F.cross_entropy(logits, classes[:3]),
+        lambda: F.cross_entropy(logits, classes + 1),
+        lambda: F.cross_entropy(logits, classes, torch.ones(4)),
+        lambda: F.cross_entropy(logits, classes, reduction="some"),
+        lambda: gru(torch.randn(0, 4, 5)),
+        lambda: gru(torch.randn(3, 4, 5), torch.randn(1, 4, 6).double()),
+        lambda: gru(nn.utils.rnn.PackedSequence(torch.randn(5, 5), torch.tensor([2, 3]))),
+        lambda: cell(torch.randn(4, 7)),
+        lambda: cell(torch.randn(4, 5), torch.randn(3, 6)),
     ]
+    if HAS_LINEAR_LOSS:
+        calls.append(lambda: F.linear_cross_entropy(logits, torch.randn(7, 6), classes))
     for call in calls:
         with pytest.raises(Exception) as theirs:
             call()
         with fastlm.installed(), pytest.raises(type(theirs.value)) as ours:
             call()
         assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention kernel not used", "ignore:All fused kernels")
+def test_attention_of_a_kernel_of_torchs_by_name():
+    """Where torch may take its formula, so may we; where it may not, the call is torch's, to serve or refuse."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = torch.randn(1, 2, 70, 64)
+    with fastlm.installed():
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+            assert operators_of(lambda: F.scaled_dot_product_attention(x, x, x))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            assert not operators_of(lambda: F.scaled_dot_product_attention(x, x, x))
+            with pytest.raises(RuntimeError, match="No available kernel"):
+                F.scaled_dot_product_attention(x[0], x[0], x[0])
+
+
+def test_a_forced_backend_serves_or_says_why_not(monkeypatch):
+    monkeypatch.setattr(fastlm.ops, "_forced", "cuda")
+    with fastlm.installed(), pytest.raises(RuntimeError, match="fastlm.gru: backend 'cuda' is forced"):
+        nn.GRU(3, 4)(torch.randn(5, 2, 3))
+
+
+def test_errors_of_others_pass_through():
+    """Only what fastlm refuses is handed to torch: an error inside is raised once."""
+    calls = []
+
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            raise RuntimeError("no")
+
+    x = torch.randn(1, 2, 70, 64)
+    with fastlm.installed(), Refusing(), pytest.raises(RuntimeError, match="^no$"):
+        F.scaled_dot_product_attention(x, x, x)
+    assert len(calls) == 1
 
 
 def test_export_to_onnx_keeps_torchs_operators(monkeypatch):

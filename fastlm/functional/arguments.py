@@ -6,6 +6,15 @@ import numbers
 import torch
 from torch import Tensor
 
+
+class UnfitValue(ValueError, RuntimeError):
+    """A ValueError, and the RuntimeError that PyTorch's function raises for these arguments."""
+
+
+class UnfitType(TypeError, RuntimeError):
+    """The same for dtypes."""
+
+
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _INTEGERS = (int, torch.SymInt)
 

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
-from fastlm.functional.arguments import check_flag, check_integer, check_number, check_tensor
+from fastlm.functional.arguments import (
+    UnfitType,
+    UnfitValue,
+    check_flag,
+    check_integer,
+    check_number,
+    check_tensor,
+)
 from fastlm.ops import (
     KERNEL_DTYPES,
     autocast_is_on,
@@ -18,8 +25,8 @@ from fastlm.ops import (
 from fastlm.ops import attention as ops_attention
 
 
-def _attention_error(message: str) -> ValueError:
-    return ValueError(f"fastlm.scaled_dot_product_attention: {message}")
+def _attention_error(message: str) -> UnfitValue:
+    return UnfitValue(f"fastlm.scaled_dot_product_attention: {message}")
 
 
 def _check_window(name: str, window_size) -> tuple[int, int]:
@@ -100,11 +107,11 @@ def _check_attention_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         if x.dim() < 2:
             raise error(f"{name} has shape {tuple(x.shape)}, expected at least 2 dimensions (..., T, D)")
         if x.dtype not in KERNEL_DTYPES:
-            raise TypeError(
+            raise UnfitType(
                 f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected a floating dtype"
             )
         if x.dtype != query.dtype:
-            raise TypeError(
+            raise UnfitType(
                 f"fastlm.scaled_dot_product_attention: {name} is {x.dtype}, expected {query.dtype} as query is"
             )
         if x.device != query.device:
@@ -127,7 +134,7 @@ def _check_mask(attn_mask: Tensor, query: Tensor) -> None:
             f"attn_mask has layout {attn_mask.layout}, expected a dense torch.strided tensor"
         )
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(
+        raise UnfitType(
             f"fastlm.scaled_dot_product_attention: attn_mask is {attn_mask.dtype}, expected torch.bool, "
             f"torch.float32 or {query.dtype} as query is"
         )
@@ -272,7 +279,7 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: shapes, devices or layouts that don't fit, options out of range.
-        TypeError: an unsupported or unequal dtype.
+        TypeError: an unsupported or unequal dtype. Either is a RuntimeError too, as from PyTorch's function.
 
     A tiny call on the CPU (see :data:`fastlm.ops.TINY`) with nothing but defaults and `is_causal` is PyTorch's
     own.

@@ -58,8 +58,8 @@ def _check_target(
     if probabilities:
         if target.dtype not in KERNEL_DTYPES:
             raise RuntimeError(
-                f"{name}: target has the shape of {what}, {logits}, so it holds class probabilities:"
-                f" expected a floating dtype, got {target.dtype}"
+                f"{name}: Expected floating point type for target with class probabilities, got {target.dtype}"
+                f" (target has the shape of {what}, {logits})"
             )
         if ignore_index >= 0:
             raise RuntimeError(
@@ -69,13 +69,20 @@ def _check_target(
     else:
         expected = () if len(logits) == 1 else (logits[0], *logits[2:])
         if tuple(target.shape) != expected and not (len(logits) == 1 and target.shape == (1,)):
-            message = (
-                f"{name}: target has shape {tuple(target.shape)}, expected {expected} (class indices)"
+            batch = target.shape[0] if target.dim() else 0
+            if len(logits) > 1 and batch != logits[0]:
+                error = ValueError
+                torchs = f"Expected input batch_size ({logits[0]}) to match target batch_size ({batch})"
+            elif len(logits) == 1 and target.dim() == 1:
+                error = ValueError
+                torchs = f"For 1D input, 1D target must have size 1, but got target size: {batch}"
+            else:
+                error = RuntimeError
+                torchs = f"Expected target size {list(expected)}, got {list(target.shape)}"
+            raise error(
+                f"{name}: {torchs}: target has shape {tuple(target.shape)}, expected {expected} (class indices)"
                 f" or {logits} (probabilities), since {what} has shape {logits}"
             )
-            batch = target.shape[0] if target.dim() else 0
-            error = ValueError if len(logits) > 1 and batch != logits[0] else RuntimeError
-            raise error(message)
         if target.dtype not in _INDEX_DTYPES:
             raise RuntimeError(
                 f"{name}: expected target dtype to be Long or Byte (int64, int32 or uint8 class"
@@ -261,9 +268,11 @@ def _check_linear(
     """Shape of the logits, once those of input, linear_weight and linear_bias fit."""
     x, w = tuple(input.shape), tuple(linear_weight.shape)
     if len(x) not in (1, 2):
-        raise RuntimeError(f"{name}: expected input with dimensionality 1 or 2, got shape {x}")
+        raise RuntimeError(f"{name}: expected input with dimensionality 1 or 2, got {len(x)}: {x}")
     if len(w) < 2:
-        raise RuntimeError(f"{name}: expected linear_weight with dimensionality at least 2, got shape {w}")
+        raise RuntimeError(
+            f"{name}: expected linear_weight with dimensionality at least 2, got {len(w)}: {w}"
+        )
     if x[-1] != w[-1]:
         raise RuntimeError(
             f"{name}: expected equal input and linear_weight last dimensions (in_features),"
