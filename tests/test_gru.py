@@ -271,6 +271,26 @@ def test_layer_norm_by_its_definition():
     assert torch.equal(module.norm_ih_l0, torch.ones(18))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_layer_norm_rounds_its_gradients_once(dtype, isa):
+    """Those of biases and gains are sums of what the norms' backward begins with; nothing of it is rounded to 16
+    bits before."""
+    B, I, H = 40, 3, 5
+    shapes = (3 * H, I), (3 * H, H), (3 * H,), (3 * H,)
+    given = [torch.randn(shape).to(dtype) for shape in ((1, B, I), (1, B, H), *shapes, (3 * H,), (3 * H,))]
+    cotangent = torch.randn(1, B, H).to(dtype)
+
+    def gradients(function, arguments):
+        x, h, *rest = (a.requires_grad_() for a in arguments)
+        out, _ = function(x, h, rest[:4], True, 1, 0.0, False, False, False, layer_norm=rest[4:])
+        return torch.autograd.grad(out, rest[2:], cotangent.to(out.dtype))
+
+    exact = gradients(fastlm.reference.gru, [x.double() for x in given])
+    for ours, expected in zip(gradients(fastlm.gru, given), exact, strict=True):
+        half_ulp = 0.5 * torch.finfo(dtype).eps * expected.abs()
+        assert ((ours - expected).abs() <= half_ulp + 1e-6 * expected.abs().max()).all()
+
+
 # ---- compilation ----
 
 

@@ -4,7 +4,8 @@
 //   dn = dh c (1 - n^2)     dq = dn r     dr = dn q r (1 - r)     dz = dh u (h - n) z (1 - z)
 //   dh_prev = dh k + (dq, dr, dz) W_hh
 // A row of `deltas` is (dq, dr, dz, dn), so that the gradient of h W and that of x W, (dr, dz, dn), are
-// each one contiguous block. With layer norm the two differ throughout and stand side by side.
+// each one contiguous block. With layer norm the two differ throughout and stand side by side; what
+// stands before the norms' own backward, whose differences largely cancel, is in the compute type.
 #pragma once
 #include "gru_recurrence.h"
 
@@ -21,9 +22,8 @@ template <class S> struct BackwardSpace {
   E* weights;        // [D][blocks][K][3][lanes], k in the order n, r, z
   F* carry;          // [D][B][ldh] gradient of the state, from the steps after
   R* step;           // [D][2][B][ldg] (dq, dr, dz) of a step
-  F* normed_step;    // [D][B][ldg] the same before the norm's own backward, for layer norm
   S* deltas;         // [D][N][lddelta]
-  S* normed_deltas;  // [D][N][3H] (dq, dr, dz) before the norm's own backward
+  F* normed_deltas;  // [D][N][4H] (dq, dr, dz, dn) before the norms' own backward, for layer norm
   S* previous;       // [D][N][H] h of the step before, or null where it can be read from the output
   F* gain;           // [D][2][3H + lanes]
   int64_t* lengths;  // [B]
@@ -45,12 +45,10 @@ template <class S> struct BackwardSpace {
     weights = arena.take<E>(p.D * blocks * K * kPanel<F>);
     carry = arena.take<F>(p.D * p.B * ldh);
     step = arena.take<R>(p.D * 2 * p.B * ldg);
-    normed_step = arena.take<F>(norm ? p.D * p.B * ldg : 0);
     deltas = arena.take<S>(p.D * p.N * lddelta);
-    normed_deltas = arena.take<S>(norm && g.weights_wanted ? p.D * p.N * 3 * H : 0);
+    normed_deltas = arena.take<F>(norm ? p.D * p.N * 4 * H : 0);
     previous = arena.take<S>(shifted ? 0 : p.D * p.N * H);
     if (shifted || !g.weights_wanted) previous = nullptr;
-    if (!norm || !g.weights_wanted) normed_deltas = nullptr;
     gain = arena.take<F>(norm ? p.D * 2 * (3 * H + kLanes<F>) : 0);
     lengths = arena.take<int64_t>(p.B);
     bounds = arena.take<int64_t>(division.tiles + 1);
@@ -83,8 +81,8 @@ template <class S, class E> void pack_units(const Pool& pool, int64_t H, const S
 
 // sums[n] = sum over rows of a[row][n], or of a[row][n] * b[row][n] where b is given: in blocks of rows,
 // so that the error grows with the root of the number of rows at most.
-template <class S>
-void column_sums(const Pool& pool, int64_t rows, int64_t n, const S* a, int64_t lda,
+template <class S, class A>
+void column_sums(const Pool& pool, int64_t rows, int64_t n, const A* a, int64_t lda,
                  const compute_t<S>* b, int64_t ldb, S* sums) {
   using F = compute_t<S>;
   constexpr int64_t kRows = 64;
@@ -123,6 +121,7 @@ template <class S> struct Backward {
   }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * (3 * p.H + kL); }
   S* deltas(int64_t d) const { return space.deltas + d * p.N * space.lddelta; }
+  F* normed_deltas(int64_t d) const { return space.normed_deltas + d * p.N * 4 * p.H; }
   const F* normed(int64_t d) const { return static_cast<const F*>(p.normed) + d * p.N * 6 * p.H; }
   const F* rstd(int64_t d) const { return static_cast<const F*>(p.rstd) + d * p.N * 2; }
   const S* previous_state(int64_t d, int64_t t, int64_t b) const;
@@ -132,6 +131,7 @@ template <class S> struct Backward {
   void gates(int64_t d, int64_t tile, int64_t part, int64_t s) const;
   void hidden_norm(int64_t d, int64_t tile, int64_t part, int64_t s) const;
   void input_norm(int64_t d) const;
+  template <class A> void bias_gradients(int64_t d, const A* y, int64_t ldy) const;
   void weight_gradients(int64_t d) const;
   void run() const;
 };
@@ -196,13 +196,9 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
     const S* before = previous_state(d, t, b);
     const S* dout = g.dout ? static_cast<const S*>(g.dout) + row * ldout + d * H : nullptr;
     const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H : nullptr;
-    S* delta = deltas(d) + row * space.lddelta;
-    S* dx = delta + space.input;
-    S* dnormed = space.normed_deltas ? space.normed_deltas + (d * p.N + row) * 3 * H : nullptr;
     S* previous = space.previous ? space.previous + (d * p.N + row) * H : nullptr;
     F* dh = carry(d) + b * space.ldh;
     R* hidden = step_deltas(d, s) + b * space.ldg;
-    F* before_norm = space.normed_step + (d * p.B + b) * space.ldg;
     each_vector<F>(first, last, [&](int64_t i, int64_t w) {
       const Vec<F> r = get<F>(kept + i, w), z = get<F>(kept + H + i, w);
       const Vec<F> n = get<F>(kept + 2 * H + i, w), q = get<F>(kept + 3 * H + i, w);
@@ -219,24 +215,19 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
       const Vec<F> dz = gain_z * (h - n) * z * (one - z);
       const Vec<F> dr = dn * q * r * (one - r), dq = dn * r;
       put<F>(dh + i, grad * keep, w);
-      const auto put_hidden = [&](auto* to) {
+      const auto put_deltas = [&](auto* to) {
         put<F>(to + i, dq, w);
         put<F>(to + H + i, dr, w);
         put<F>(to + 2 * H + i, dz, w);
+        put<F>(to + 3 * H + i, dn, w);
       };
       if (norm()) {
-        put_hidden(before_norm);
+        put_deltas(normed_deltas(d) + row * 4 * H);
       } else {
-        put_hidden(hidden);
-        put<F>(delta + i, dq, w);
-      }
-      put<F>(dx + i, dr, w);
-      put<F>(dx + H + i, dz, w);
-      put<F>(dx + 2 * H + i, dn, w);
-      if (dnormed) {
-        put<F>(dnormed + i, dq, w);
-        put<F>(dnormed + H + i, dr, w);
-        put<F>(dnormed + 2 * H + i, dz, w);
+        put<F>(hidden + i, dq, w);
+        put<F>(hidden + H + i, dr, w);
+        put<F>(hidden + 2 * H + i, dz, w);
+        put_deltas(deltas(d) + row * space.lddelta);
       }
       if (previous) put<F>(previous + i, h, w);
     });
@@ -268,7 +259,7 @@ void Backward<S>::hidden_norm(int64_t d, int64_t tile, int64_t part, int64_t s) 
   const int64_t last = least(H, space.blocks * (part + 1) / parts * kPanel<F>);
   for (int64_t b = space.bounds[tile]; b < end; ++b) {
     const int64_t row = p.offsets[t] + b;
-    const F* dy = space.normed_step + (d * p.B + b) * space.ldg;
+    const F* dy = normed_deltas(d) + row * 4 * H;
     const F* v = normed(d) + row * 6 * H + 3 * H;
     F mean, slope;
     // Gates one by one: dy is in the order n, r, z, v and the gain in the order r, z, n.
@@ -296,13 +287,13 @@ void Backward<S>::hidden_norm(int64_t d, int64_t tile, int64_t part, int64_t s) 
   }
 }
 
-// The gradient of x W back through its norm, in place.
+// (dr, dz, dn) of all rows back through the norm of x W.
 template <class S> void Backward<S>::input_norm(int64_t d) const {
   const int64_t H = p.H;
   parallel(p.pool, p.N, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      S* dy = deltas(d) + row * space.lddelta + space.input;
-      const F* v = normed(d) + row * 6 * H;
+      const F *dy = normed_deltas(d) + row * 4 * H + H, *v = normed(d) + row * 6 * H;
+      S* dx = deltas(d) + row * space.lddelta + space.input;
       F mean, slope;
       norm_means<F>(3 * H, [&](int64_t i, int64_t w, Vec<F>& a, Vec<F>& x, Vec<F>& gamma) {
         a = get<F>(dy + i, w);
@@ -312,30 +303,36 @@ template <class S> void Backward<S>::input_norm(int64_t d) const {
       const Vec<F> scale = splat(rstd(d)[row * 2]);
       each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) {
         const Vec<F> dv = get<F>(dy + i, w) * get<F>(gain(d, 0) + i, w);
-        put<F>(dy + i, scale * (dv - splat(mean) - get<F>(v + i, w) * splat(slope)), w);
+        put<F>(dx + i, scale * (dv - splat(mean) - get<F>(v + i, w) * splat(slope)), w);
       });
     }
   });
+}
+
+// The gradients of what is added to a row's products, or multiplied with them when normed: y is
+// (dq, dr, dz, dn) of all rows.
+template <class S> template <class A>
+void Backward<S>::bias_gradients(int64_t d, const A* y, int64_t ldy) const {
+  const int64_t H = p.H;
+  const auto& w = g.d[d];
+  const auto sums = [&](int64_t n, const A* a, const F* b, void* to, int64_t offset) {
+    if (to) column_sums<S>(p.pool, p.N, n, a, ldy, b, 6 * H, static_cast<S*>(to) + offset);
+  };
+  sums(3 * H, y + H, nullptr, w.db_ih, 0);
+  sums(2 * H, y + H, nullptr, w.db_hh, 0);
+  sums(H, y, nullptr, w.db_hh, 2 * H);
+  if (!norm()) return;
+  sums(3 * H, y + H, normed(d), w.dg_ih, 0);
+  sums(2 * H, y + H, normed(d) + 3 * H, w.dg_hh, 0);
+  sums(H, y, normed(d) + 5 * H, w.dg_hh, 2 * H);
 }
 
 template <class S> void Backward<S>::weight_gradients(int64_t d) const {
   const int64_t H = p.H, ld = space.lddelta, N = p.N;
   const auto& w = g.d[d];
   const S *hidden = deltas(d), *input = hidden + space.input;
-  const S* y = norm() ? space.normed_deltas + d * N * 3 * H : hidden;  // (dq, dr, dz) beside the bias
-  const int64_t ldy = norm() ? 3 * H : ld;
-  const auto sums = [&](int64_t n, const S* a, int64_t lda, const F* b, void* to, int64_t offset) {
-    if (to) column_sums<S>(p.pool, N, n, a, lda, b, 6 * H, static_cast<S*>(to) + offset);
-  };
-  sums(3 * H, input, ld, nullptr, w.db_ih, 0);
-  sums(2 * H, y + H, ldy, nullptr, w.db_hh, 0);
-  sums(H, y, ldy, nullptr, w.db_hh, 2 * H);
-  if (norm()) {
-    sums(3 * H, input, ld, normed(d), w.dg_ih, 0);
-    sums(2 * H, y + H, ldy, normed(d) + 3 * H, w.dg_hh, 0);
-    sums(H, y, ldy, normed(d) + 5 * H, w.dg_hh, 2 * H);
-    input_norm(d);
-  }
+  if (norm()) bias_gradients(d, normed_deltas(d), 4 * H);
+  else bias_gradients(d, hidden, ld);
   gemm(p.pool, Gemm<S, S, S>{3 * H, p.I, N, input, 1, ld, static_cast<const S*>(p.x), p.I, 1,
                              static_cast<S*>(w.dw_ih), p.I});
   // dW_hh: rows of gates r and z, then n.
@@ -379,8 +376,8 @@ template <class S> void Backward<S>::run() const {
       each_vector<F>(0, p.H, [&](int64_t i, int64_t w) { put<F>(dh0 + i, get<F>(dh + i, w), w); });
     }
   for (int64_t d = 0; d < p.D; ++d) {
+    if (norm()) input_norm(d);
     if (g.weights_wanted) weight_gradients(d);
-    else if (norm()) input_norm(d);
   }
   if (!g.dx) return;
   for (int64_t d = 0; d < p.D; ++d) {
