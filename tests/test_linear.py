@@ -313,8 +313,9 @@ def test_errors_are_eagers(way, monkeypatch):
         with pytest.raises(RuntimeError) as mine:
             fastlm.linear(*arguments)
         assert str(mine.value) == str(theirs.value)
-    with pytest.raises(ValueError, match="fastlm.linear: activation is 'swish', expected one of relu, gelu,"):
-        fastlm.linear(x, w, activation="swish")
+    for unknown in ("swish", ["relu"], torch.relu):
+        with pytest.raises(ValueError, match="fastlm.linear: activation is .*, expected one of relu, gelu,"):
+            fastlm.linear(x, w, activation=unknown)
 
 
 # ---- choice --------------------------------------------------------------------------------

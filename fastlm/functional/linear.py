@@ -52,7 +52,8 @@ def linear(
 
         hidden = fastlm.linear(x, fc.weight, fc.bias, activation="gelu_tanh")
     """
-    if activation is not None and activation not in ops_linear.ACTIVATIONS:
+    known = activation is None or isinstance(activation, str) and activation in ops_linear.ACTIVATIONS
+    if not known:
         raise ValueError(
             f"fastlm.linear: activation is {activation!r}, expected one of "
             f"{', '.join(ops_linear.ACTIVATIONS)} or None"
