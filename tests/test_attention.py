@@ -158,6 +158,23 @@ def test_rows_without_keys_give_zero_and_no_gradient(isa):
     assert all(g.isfinite().all() for g in grads) and (grads[0][:, :, :4] == 0).all()
 
 
+@pytest.mark.parametrize("value", (math.nan, -math.inf))
+@pytest.mark.parametrize("Tq", (2, 20), ids="Tq{}".format)
+def test_sinks_of_rows_without_keys(Tq, value, isa):
+    """A sink that is NaN is not lost there; one of -inf is none, and has gradient 0."""
+    q, k, sinks = torch.randn(1, 2, Tq, 8), torch.randn(1, 2, 9, 8), torch.tensor([0.5, value])
+    mask = torch.rand(Tq, 9) < 0.5
+    mask[1] = False
+
+    def call(function):
+        inputs = [x.clone().requires_grad_() for x in (q, k, sinks)]
+        out = function(inputs[0], inputs[1], inputs[1], mask, sinks=inputs[2])
+        return out, *torch.autograd.grad(out.sin().sum(), inputs)
+
+    ours, formula = call(fastlm.scaled_dot_product_attention), call(reference.scaled_dot_product_attention)
+    torch.testing.assert_close(ours, formula, equal_nan=True)
+
+
 def test_memory_grows_linearly():
     """No T x T matrix: 16384 queries and keys would need a gigabyte for one head's scores."""
     from torch.profiler import ProfilerActivity, profile

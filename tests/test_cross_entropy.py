@@ -77,6 +77,15 @@ def test_ignored_token_may_hold_nan(isa):
     assert torch.equal(dx[0], torch.zeros(2))
 
 
+@pytest.mark.parametrize("shape", ((3, 5), (3, 5, 4)), ids=("rows", "columns"))
+def test_weight_of_an_absent_class_may_be_infinite(shape, isa):
+    x, target = torch.randn(shape), torch.zeros((3, *shape[2:]), dtype=torch.int64)
+    weight = torch.tensor([0.5, INF, 1.0, math.nan, -INF])
+    assert_close(
+        gradient(fastlm.cross_entropy, x, target, weight), gradient(F.cross_entropy, x, target, weight)
+    )
+
+
 @pytest.mark.parametrize("scale", (1.0, 1 / 3))
 def test_small_half_gradients_survive_loss_scaling(scale, isa):
     """A mean's unit gradient, 1 / N of a small probability, would underflow in float16."""

@@ -1,5 +1,6 @@
 """The fuzzer: a short run of it; and what it is there to find is found, shrunk and printed as a call."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from fuzz import check
 from fuzz.calls import Call, T
+from fuzz.draw import Drawer
 
 FUZZ = Path(__file__).parent / "fuzz"
 _spec = importlib.util.spec_from_file_location("fuzz_main", FUZZ / "__main__.py")
@@ -77,6 +79,10 @@ def _wrong(x, target, **options):
     return torch.nn.functional.cross_entropy(x, target) * 1.001
 
 
+def _swallowed(x, target, **options):
+    return torch.nn.functional.cross_entropy(x, target).nan_to_num(1.0) + 0 * x.nan_to_num(0).sum()
+
+
 def _unnamed(x, target, **options):
     raise ValueError("no")
 
@@ -100,6 +106,21 @@ def test_faults_are_found(monkeypatch, function, problem):
     _random.count = [1.0, 2.0]
     monkeypatch.setattr("fastlm.cross_entropy", function)
     assert problem in check.judge(LOSS)
+
+
+def test_a_lost_nan_is_found(monkeypatch):
+    call = dataclasses.replace(LOSS, args=(dataclasses.replace(LOSS.args[0], values="nan"), LOSS.args[1]))
+    assert check.judge(call) is None
+    monkeypatch.setattr("fastlm.cross_entropy", _swallowed)
+    assert "result 0 has 1 where nan is expected" in check.judge(call)
+
+
+@pytest.mark.parametrize("kind", ("attention", "varlen", "cross_entropy", "linear_cross_entropy", "gru_cell"))
+def test_nan_and_infinity_in_arguments(kind):
+    for seed in range(15):
+        drawer = Drawer(f"{kind} {seed}")
+        call = drawer.nonfinite(getattr(drawer, kind)())
+        assert check.judge(call) is None, call
 
 
 @pytest.mark.parametrize(

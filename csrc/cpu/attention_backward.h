@@ -289,7 +289,7 @@ void finish_keys(const AttentionParams& p, int64_t b, int64_t hkv, int64_t begin
 template <class T> void sink_gradients(const AttentionParams& p) {
   parallel(p.pool, p.Hq, 1, [&](int64_t from, int64_t to) {
     for (int64_t h = from; h < to; ++h) {
-      const Vec<T> sink = splat(static_cast<const T*>(p.sinks)[h]);
+      const Vec<T> sink = splat(static_cast<const T*>(p.sinks)[h]), none = splat(-T(__builtin_inf()));
       Vec<T> sum{};
       for (int64_t b = 0; b < p.B; ++b) {
         const AttentionSequence& s = p.sequences[b];
@@ -297,8 +297,9 @@ template <class T> void sink_gradients(const AttentionParams& p) {
         const T* delta = static_cast<const T*>(p.delta) + s.lse + h * p.lse_h;
         for (int64_t i = 0; i < s.Tq; i += kLanes<T>) {
           const int64_t n = least<int64_t>(kLanes<T>, s.Tq - i);
-          const Vec<T> x = load(delta + i, n) * softmax_exp((sink - load(lse + i, n)) * splat(kLog<T>));
-          sum -= select(first_lanes<T>(n), x, Vec<T>{});
+          const Vec<T> sums = load(lse + i, n), x = load(delta + i, n) * softmax_exp((sink - sums) * splat(kLog<T>));
+          // A row without any key has lse -inf, and so has its sink.
+          sum -= select(first_lanes<T>(n) & (sums != none), x, Vec<T>{});
         }
       }
       static_cast<T*>(p.dsinks)[h] = reduce_add(sum);

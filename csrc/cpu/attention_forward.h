@@ -18,7 +18,7 @@ template <class T> struct Normaliser { T scale, lse; };
 template <class T> Normaliser<T> normalise(T m, T l, const T* sink) {
   const T inf = T(__builtin_inf());
   if (sink) {
-    const T top = *sink > m ? *sink : m;
+    const T top = *sink <= m ? m : *sink;  // a NaN among the two is not lost: l of a row with one is NaN
     if (top == -inf) return {T(0), -inf};
     const T ratio = exp_scalar(m - top), sum = l * ratio + exp_scalar(*sink - top);
     return {ratio / sum, top + log(sum)};

@@ -400,6 +400,7 @@ template <class S> struct Tile {
   void gradient(S* dx, const T* mass) const {
     const TokenLoss& t = p.token;
     const T cap = T(t.softcap);
+    const bool smooth = t.target && t.label_smoothing > 0;
     T lse[kWidth], low[kWidth], a[kWidth], b[kWidth], s[kWidth], g[kWidth];
     int64_t y[kWidth];
     for (int64_t j = 0; j < kWidth; ++j) lse[j] = low[j] = a[j] = b[j] = s[j] = g[j] = 0;
@@ -419,7 +420,7 @@ template <class S> struct Tile {
           const V xs = load(at);
           const V as = load(a + j);
           V d = select(as == V{}, V{}, as * exp_negative((xs - load(lse + j)) - load(low + j)));
-          d -= load(s + j) * splat(weight(c0 + c));
+          if (smooth) d -= load(s + j) * splat(weight(c0 + c));
           if (q) d -= load(g + j) * load(mixed + c * kWidth + j);
           if (cap != 0) d *= capped_slope(xs, cap);
           store(at, d);

@@ -284,6 +284,16 @@ class Drawer:
                 module, args = ((I, H), settings), (self.tensor(*one(((), (B,), (B, 2))), I, dtype=dtype),)
         return Call(f"nn.{name}", args, {}, module, **self.common())
 
+    def nonfinite(self, call: Call) -> Call:
+        """The call with NaN or infinity among the values of one argument."""
+        parts = [(("args", *path), x) for path, x in leaves(call.args)]
+        parts += [(("kwargs", *path), x) for path, x in leaves(call.kwargs)]
+        (part, *path), x = self.one(
+            [p for p in parts if isinstance(p[1], T) and not isinstance(p[1].values, tuple)]
+        )
+        x = replace(x, values=self.one(("nan", "inf", "-inf")))
+        return replace(call, **{part: replaced(getattr(call, part), tuple(path), x)})
+
     # ---- alterations ----
 
     NUMBERS = (
@@ -375,13 +385,15 @@ class Drawer:
         return one((*self.NUMBERS, [x], (x, x)))
 
     def call(self, note=lambda call: None) -> Call:
-        """A right call (2 in 5), a public one with alterations, or one of a raw operator with some; `note` gets
-        a call that is run for its raw ones."""
+        """A right call (2 in 5, some with NaN or infinity), a public one with alterations, or one of a raw operator
+        with some; `note` gets a call that is run for its raw ones."""
         call, kind = self.right(), self.random.random()
         if self.chance(0.1) and kind < 0.4 and call.name.split(".")[0] != "nn":
             call = replace(call, autocast="bfloat16")
-        if kind < 0.4:
+        if kind < 0.3:
             return call
+        if kind < 0.4:
+            return self.nonfinite(call)
         if kind < 0.7 or call.name.startswith("nn."):
             for _ in range(self.one((1, 1, 2))):
                 call = self.altered(call)
