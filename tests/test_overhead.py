@@ -183,7 +183,9 @@ def test_errors_are_worded_as_for_larger_calls():
     q = torch.randn(1, 2, 8, 16)
     with pytest.raises(IndexError, match="^fastlm.cross_entropy: target 8 is out of bounds for 8 classes"):
         fastlm.cross_entropy(x, y.new_tensor([1, 2, 8, 0]))
-    with pytest.raises(ValueError, match="^fastlm.cross_entropy: Expected input batch_size .*: target has shape"):
+    with pytest.raises(
+        ValueError, match="^fastlm.cross_entropy: Expected input batch_size .*: target has shape"
+    ):
         fastlm.cross_entropy(x, y[:3])
     with pytest.raises(ValueError, match="^fastlm.cross_entropy: reduction is 'nothing'"):
         fastlm.cross_entropy(x, y, reduction="nothing")
