@@ -221,6 +221,24 @@ def test_functional_call_and_jacobian_of_autograd(ours, eager, floats, rest):
     )
 
 
+@every_function
+def test_gradients_of_a_batch_of_cotangents_hold_no_graph(ours, eager, floats, rest):
+    leaves = [x.requires_grad_() for x in floats()]
+    output = close(ours, rest())(*leaves)
+    cotangents = torch.randn(3, *output.shape, dtype=output.dtype)
+    options = dict(is_grads_batched=True, retain_graph=True)
+    gradients = torch.autograd.grad(output, leaves, cotangents, **options)
+    assert not any(g.requires_grad for g in gradients)
+    for i in range(3):
+        torch.testing.assert_close(
+            [g[i] for g in gradients],
+            list(torch.autograd.grad(output, leaves, cotangents[i], retain_graph=True)),
+        )
+    assert all(
+        g.requires_grad for g in torch.autograd.grad(output, leaves, cotangents, create_graph=True, **options)
+    )
+
+
 # ---- autograd's habits ---------------------------------------------------------------------
 
 

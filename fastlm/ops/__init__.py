@@ -319,7 +319,7 @@ def eager_call(function: type[torch.autograd.Function]):
 
 
 def reference_backward(function, inputs, needs_grad, grad_outputs):
-    """Gradients of ``function(*inputs)`` as differentiable tensors: for double backward.
+    """Gradients of ``function(*inputs)``: differentiable where gradients are, as in a double backward.
 
     Args:
         function: plain PyTorch formula, returning a tensor or a tuple of tensors.
@@ -330,6 +330,7 @@ def reference_backward(function, inputs, needs_grad, grad_outputs):
     Returns:
         A tensor or None per input.
     """
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: a tensor that is passed twice gets its gradient at each place.
         inputs = [
@@ -349,7 +350,7 @@ def reference_backward(function, inputs, needs_grad, grad_outputs):
                 [y for y, _ in pairs],
                 wanted,
                 [g for _, g in pairs],
-                create_graph=True,
+                create_graph=differentiable,
                 allow_unused=True,
             )  # fmt: skip
         )
