@@ -3,6 +3,7 @@
 import importlib
 import warnings
 
+import fastlm.ops.flops  # noqa: F401 - what FlopCounterMode counts
 from fastlm import distributed, nn
 from fastlm.functional import (
     cross_entropy,

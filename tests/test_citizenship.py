@@ -579,6 +579,42 @@ def test_compiles_whole_and_dynamic(name):
             torch.testing.assert_close(*results)
 
 
+def test_counted_operations():
+    """Those of PyTorch's products; attention's backward computes the scores again, as PyTorch's fused one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(function, *arguments, backward=False, **options):
+        with FlopCounterMode(display=False) as counter:
+            output = tensors_of(function(*arguments, **options))[0]
+            if backward:
+                output.sum().backward()
+        return counter.get_total_flops()
+
+    q, k = torch.randn(2, 4, 70, 32, requires_grad=True), torch.randn(2, 2, 90, 32, requires_grad=True)
+    gqa = dict(enable_gqa=True)
+    products = count(fastlm.reference.scaled_dot_product_attention, q, k, k, **gqa)
+    assert count(fastlm.scaled_dot_product_attention, q, k, k, **gqa) == products > 0
+    assert count(fastlm.scaled_dot_product_attention, q, k, k, backward=True, **gqa) == 3.5 * products
+    ends, x = torch.tensor([0, 3, 10], dtype=torch.int32), torch.randn(10, 2, 8, requires_grad=True)
+    products = count(fastlm.reference.varlen_attn, x, x, x, ends, ends, 7, 7)
+    assert count(fastlm.varlen_attn, x, x, x, ends, ends, 7, 7) == products > 0
+    assert count(fastlm.varlen_attn, x, x, x, ends, ends, 7, 7, backward=True) == 3.5 * products
+
+    options, x = dict(num_layers=2, bidirectional=True), torch.randn(9, 4, 16, requires_grad=True)
+    ours, theirs = fastlm.nn.GRU(16, 24, **options), nn.GRU(16, 24, **options)
+    assert count(ours, x) == count(theirs, x) > 0
+    first_states = 2 * 2 * 2 * 4 * 72 * 24  # zeros: PyTorch differentiates only what asks for it
+    assert count(ours, x, backward=True) == count(theirs, x, backward=True) + first_states
+
+    hidden = torch.randn(200, 64, requires_grad=True), torch.randn(500, 64, requires_grad=True)
+    target = torch.arange(200)
+    for reduction in ("mean", "none"):
+        products = count(eager_linear_cross_entropy, *hidden, target, backward=True, reduction=reduction)
+        again = products / 3 if reduction == "none" else 0  # the logits
+        found = count(fastlm.linear_cross_entropy, *hidden, target, backward=True, reduction=reduction)
+        assert found == products + again
+
+
 class Everything(nn.Module):
     """All modules, one behind the other."""
 
