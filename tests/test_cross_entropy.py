@@ -48,8 +48,28 @@ def test_edge_values_are_eagers(name, isa):
     assert_close(dx, expected_dx, equal_nan=True)
 
 
-@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("step", (-200.0, -30.0, 0.0, 30.0, 60.0, 200.0), ids=str)
+@pytest.mark.parametrize("masked", (0, 4500))
+def test_maximum_that_moves(masked, step, dtype, isa):
+    """Along a row the logits rise or fall, from block to block of the sweep, by more or less than what exp may be
+    of; the first ones may be -inf."""
+    x = torch.randn(3, 9001, dtype=torch.float64) + step * (torch.arange(9001) // 1000)
+    x[:, :masked] = -math.inf
+    x = x.to(dtype).requires_grad_()
+    target = torch.tensor([9000, 5000, 8765])
+    loss = fastlm.cross_entropy(x, target)
+    (dx,) = torch.autograd.grad(loss, x)
+    wide = x.detach().double().requires_grad_()
+    expected = F.cross_entropy(wide, target)
+    (expected_dx,) = torch.autograd.grad(expected, wide)
+    rtol = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert_close(loss.double(), expected, rtol=rtol, atol=0)
+    assert_close(dx.double(), expected_dx, rtol=30 * rtol, atol=rtol / 10)
+
+
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
+@pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
 def test_every_token_ignored(reduction, smoothing, isa):
     x, target = torch.randn(3, 5), torch.full((3,), -100)
     options = {"reduction": reduction, "label_smoothing": smoothing}

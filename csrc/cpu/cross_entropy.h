@@ -46,6 +46,9 @@ namespace fastlm::FASTLM_ISA {
 
 inline constexpr int64_t kBlock = 2048;     // classes in the first-level cache at a time
 inline constexpr int64_t kKept = 1 << 20;   // bytes of exponentials to keep at most
+// Exponentials are relative to the maximum of the blocks before, and a block's are taken again where one is greater
+// than exp of this: no sum of 2^20 of those is near a float's largest number.
+inline constexpr int kHeadroom = 40;
 
 template <class S> struct Row {
   using T = compute_t<S>;
@@ -56,7 +59,7 @@ template <class S> struct Row {
   int64_t i;         // place in [N][S]
   T* values;         // [kBlock] scratch
   T* mixed;          // [kBlock] scratch: w_c q'_c
-  T* kept;           // [C] exp(x_c - r), r = references[c / kBlock] the maximum so far; or null
+  T* kept;           // [C] exp(x_c - r), r = references[c / kBlock]; or null
   T* references;     // [C / kBlock]
 
   const T* weight() const { return static_cast<const T*>(p.token.weight); }
@@ -122,17 +125,19 @@ template <class S> struct Row {
     return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
   }
 
-  // The sum of exp(v_c - r), each of which `keep` sees.
+  // The sum of exp(v_c - r), each of which `keep` sees, and the maximum of v.
+  struct Block { double sum; T max; };
   template <class X, class Keep>
-  FASTLM_INLINE static double exponentials(const X* v, int64_t n, T r, const Keep& keep) {
-    V sum{};
+  FASTLM_INLINE static Block exponentials(const X* v, int64_t n, T r, const Keep& keep) {
+    V sum{}, m = splat(T(-kInfinity));
     each_vector<T>(n, [&](int64_t c, auto w) {
-      const V e = exp_negative(load<T>(v + c, w) - splat(r));
+      const V each = load<T>(v + c, w), e = exp_negative(each - splat(r));
       __builtin_prefetch(v + n + c);  // the block after: the memory works meanwhile
       keep(c, e, w);
+      m = max(m, fill_rest(each, w, T(-kInfinity)));
       sum += fill_rest(e, w, T(0));
     });
-    return double(reduce_add(sum));
+    return {double(reduce_add(sum)), reduce_max(m)};
   }
 
   T forward() const {
@@ -142,30 +147,34 @@ template <class S> struct Row {
     if (ignored && !t.lse_everywhere)
       return loss = static_cast<T*>(t.lse)[i] = static_cast<T*>(t.low)[i] = T(0);
     const bool smooth = t.target && t.label_smoothing > 0;
-    T m = T(-kInfinity);
+    T m = T(-kInfinity), r = 0;  // the maximum so far, and what exponentials are relative to
     double sum = 0;
     Sums<T> sums{};
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
       with_block(c0, n, [&](const auto* v) {
-        const T block_m = block_max(v, n);
-        if (c0 == 0) sums.r = block_m > T(-kInfinity) && block_m < T(kInfinity) ? block_m : T(0);
-        if (block_m > m) {
+        if (m == T(-kInfinity)) m = block_max(v, n), r = finite_max(m);
+        if (c0 == 0) sums.r = m > T(-kInfinity) && m < T(kInfinity) ? m : T(0);
+        const auto relative = [&] {
+          if (!kept) return exponentials(v, n, r, [](int64_t, V, auto) {});
+          return exponentials(v, n, r, [to = kept + c0](int64_t c, V e, auto w) { store(to + c, e, w); });
+        };
+        Block block = relative();
+        if (block.max > r + kHeadroom) {
+          const T before = r;
+          r = finite_max(block.max);
           // 0 before the first block, where the factor of logits far below 0 is infinite
-          if (sum != 0) sum *= double(exp(splat(finite_max(m) - finite_max(block_m)))[0]);
-          m = block_m;
+          if (sum != 0) sum *= double(exp(splat(before - r))[0]);
+          block = relative();
         }
-        if (kept) {
-          references[c0 / kBlock] = m;
-          sum += exponentials(v, n, finite_max(m), [&](int64_t c, V e, auto w) { store(kept + c0 + c, e, w); });
-        } else {
-          sum += exponentials(v, n, finite_max(m), [](int64_t, V, auto) {});
-        }
+        m = greatest(m, block.max);
+        sum += block.sum;
+        if (kept) references[c0 / kBlock] = m > T(-kInfinity) ? r : m;
         if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
         if (q) add_sums(v, mixed_block(c0, n), n, sums);
       });
     }
-    store_lse<T>(t, i, double(finite_max(m)), log(sum));
+    store_lse<T>(t, i, double(r), log(sum));
     loss = ignored ? T(0) : token_loss(t, p.C, i, t.target ? value(t.target[i]) : T(0), sums);
     return T(sums.mass);
   }
@@ -195,8 +204,9 @@ template <class S> struct Row {
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
       if (plain && kept) {
-        const T factor = k.softmax * exp(splat((references[c0 / kBlock] - lse) - low))[0];
-        write(dx + c0, n, [&](int64_t c, auto w) { return load<T>(kept + c0 + c, w) * splat(factor); });
+        // By value: what is captured by reference is read again behind every store.
+        const V factor = splat(k.softmax * exp(splat((references[c0 / kBlock] - lse) - low))[0]);
+        write(dx + c0, n, [factor, e = kept + c0](int64_t c, auto w) { return load<T>(e + c, w) * factor; });
       } else if (plain) {
         write(dx + c0, n, [&](int64_t c, auto w) { return softmax(load<T>(x + c0 + c, w), k.softmax, lse, low); });
       } else {
