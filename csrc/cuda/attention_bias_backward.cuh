@@ -69,7 +69,7 @@ FASTLM_DEVICE void add_score_gradients(const AttentionBackwardParams& p, const S
     rows[mine] = row_of(a, s, b, hkv, r);
     RowStats row{kInfinity, 0};
     if (rows[mine].valid) row = load_global(p.stats + stats_at(p, s, b, hkv) + r);
-    stats[mine] = row;
+    store_shared(stats + mine, row);
   }
   float x[1][kMaskKeys / 8][4] = {}, d[1][kMaskKeys / 8][4] = {};
   mask_products<T>(p, s, b, head, i0, j0, x, d);
@@ -103,14 +103,14 @@ FASTLM_DEVICE void store_mask_gradient(const AttentionBackwardParams& p, const f
         float sum = total[n][c] + total[n][2 + c];
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-        if (g == 0) scratch[warp * kMaskKeys + 8 * n + 2 * t + c] = sum;
+        if (g == 0) store_shared(scratch + warp * kMaskKeys + 8 * n + 2 * t + c, sum);
       }
     }
     __syncthreads();
     const int x = int(threadIdx.x);
     if (x >= kMaskKeys || j0 + x >= p.mask_Tk) return;
     float sum = 0;
-    for (int w = 0; w < kMaskThreads / 32; ++w) sum += scratch[w * kMaskKeys + x];
+    for (int w = 0; w < kMaskThreads / 32; ++w) sum += load_shared(scratch + w * kMaskKeys + x);
     to[j0 + x] = sum;
   } else {
 #pragma unroll

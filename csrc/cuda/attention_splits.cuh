@@ -88,17 +88,17 @@ __global__ void __launch_bounds__(32 * kCombineWarps) attention_combine(const __
   float* const to = scratch + warp_index() * kPart;
   store_shared(reinterpret_cast<Four*>(to + 4 * lane), out[0]);
   store_shared(reinterpret_cast<Four*>(to + 128 + 4 * lane), out[1]);
-  if (lane == 0) to[kMost] = sum;
+  if (lane == 0) store_shared(to + kMost, sum);
   __syncthreads();
 
   sum = 0;
-  for (int w = 0; w < kCombineWarps; ++w) sum += scratch[w * kPart + kMost];
+  for (int w = 0; w < kCombineWarps; ++w) sum += load_shared(scratch + w * kPart + kMost);
   const int head = hkv * a.group + r % a.group, i = r / a.group;
   const Normaliser norm = normalise(top, sum, a.sinks ? a.sinks + head : nullptr);
   T* const row = static_cast<T*>(a.out) + offset_of(a.os, b, s.q0, head, i);
   for (int column = int(threadIdx.x); column < a.Dv; column += 32 * kCombineWarps) {
     float all = 0;
-    for (int w = 0; w < kCombineWarps; ++w) all += scratch[w * kPart + column];
+    for (int w = 0; w < kCombineWarps; ++w) all += load_shared(scratch + w * kPart + column);
     row[column] = narrow<T>(all * norm.scale);
   }
   if (threadIdx.x == 0) a.lse[b * a.lse_b + head * a.lse_h + s.q0 + i] = norm.lse * kLn2;

@@ -227,8 +227,8 @@ FASTLM_DEVICE unsigned char* shared_memory() {
 
 // `blocks` blocks of a cooperative launch meet; what was written before is seen after it.
 // arrived: their counter in global memory, 0 at the launch, that nobody else touches; round: how many times
-// they have met, from 0. Plain loads and stores are right around it: what the block's first thread releases and
-// acquires are those of all, as the block's own barriers order them.
+// they have met, from 0. Both may wrap. Plain loads and stores are right around it: what the block's first thread
+// releases and acquires are those of all, as the block's own barriers order them.
 FASTLM_DEVICE void grid_barrier(uint32_t* arrived, uint32_t round, uint32_t blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -237,7 +237,7 @@ FASTLM_DEVICE void grid_barrier(uint32_t* arrived, uint32_t round, uint32_t bloc
     uint32_t seen;
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen < blocks * (round + 1));
+    } while (int32_t(seen - blocks * (round + 1)) < 0);
   }
   __syncthreads();
 }
@@ -318,11 +318,11 @@ template <int WIDTH = 32, class T> FASTLM_DEVICE T warp_max(T x) {
 // shared memory, free again at the block's next barrier.
 template <int WARPS, class T, class F> FASTLM_DEVICE T block_reduce(T x, T* scratch, const F& join) {
   x = warp_reduce(x, join);
-  if (lane_index() == 0) scratch[warp_index()] = x;
+  if (lane_index() == 0) store_shared(scratch + warp_index(), x);
   __syncthreads();
-  T all = scratch[0];
+  T all = load_shared(scratch);
 #pragma unroll
-  for (int w = 1; w < WARPS; ++w) all = join(all, scratch[w]);
+  for (int w = 1; w < WARPS; ++w) all = join(all, load_shared(scratch + w));
   return all;
 }
 

@@ -173,6 +173,7 @@ class Device {
   }
   template <class P>
   void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
+    STD_TORCH_CHECK(int(grid.x) <= blocks_at_once(kernel, threads, shared), "more blocks than run at the same time");
     run(kernel, grid, threads, shared, params, true);
   }
   template <class P> int blocks_at_once(void (*)(P), int threads, size_t shared) {

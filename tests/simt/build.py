@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 
 KINDS = {
     "plain": "-O2",
-    "address": "-O1 -g1 -fsanitize=address -DFASTLM_SOME_KERNELS=32",
+    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTLM_SOME_KERNELS=32",
     # Lanes are threads here, and only here.
     "thread": "-O1 -g1 -fsanitize=thread -DFASTLM_SOME_KERNELS=32 -DSIMT_THREADS",
 }

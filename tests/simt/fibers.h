@@ -105,6 +105,7 @@ std::vector<char*> stacks;  // of past launches, for the next
 void* launcher;             // its stack pointer while lanes run
 std::exception_ptr failure;
 uint64_t left;              // lanes that have not returned from the kernel
+uint32_t barriers;          // of blocks, and blocks, since the start
 
 char* take_stack() {
   if (!stacks.empty()) {
@@ -195,6 +196,8 @@ void make_ready(Block& block) {
 
 void prepare(Block& block, uint64_t index) {
   begin(block, index);
+  block.barriers = ++barriers;
+  block.words.resize((current->shared + 3) / 4);
   self = nullptr;
   make_ready(block);
   for (size_t i = 0; i < block.lanes.size(); ++i) {
@@ -270,6 +273,7 @@ void release_lanes(Warp& warp, Meeting& meeting, uint32_t mask) {
 
 void release_block(Block& block) {
   block.meeting.arrived = 0;
+  block.barriers = ++barriers;
   make_ready(block);
 }
 

@@ -80,6 +80,33 @@ template <bool SYNC> void check_turn_in_warp() {
   for (size_t i = 0; i < 64; ++i) expect(y[i] == x[i / 32 * 32 + 31 - i % 32]);
 }
 
+// A shuffle is no barrier for memory.
+__global__ void turn_after_shuffle(Floats p) {
+  float* const s = shared_floats();
+  store_shared(s + lane_index(), p.x[lane_index()]);
+  const float sum = warp_sum(1.f);
+  p.y[lane_index()] = sum * load_shared(s + 31 - lane_index());
+}
+
+// The next round's writes may pass this one's reads.
+template <bool COPY> __global__ void reuse_at_once(Floats p) {
+  float* const s = shared_floats();
+  const int i = 4 * int(threadIdx.x);
+  for (int round = 0; round < 2; ++round) {
+    if (COPY) cp_async(s + i, p.x + i, true);
+    else store_shared(reinterpret_cast<float4*>(s + i), make_float4(0, 0, 0, 0));
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    p.y[i] = load_shared(s + (i + 128) % 256);
+  }
+}
+
+void run_alone(void (*kernel)(Floats), unsigned threads) {
+  std::vector<float> x(256), y(256);
+  run(kernel, 1, threads, 1024, Floats{x.data(), y.data(), 0});
+}
+
 __global__ void transpose(Floats p) {
   float* const s = shared_floats();  // 32 rows of 33
   const int column = lane_index();
@@ -475,6 +502,8 @@ void run_barrier_of_apart() {
   run(ring<true>, 3, 32, 0, Ring{counters, y.data(), 1}, false);
 }
 
+void run_large_shared() { run(same_place, 1, 1, (99 << 10) + 1, Ints{nullptr}); }
+
 void run_large_block() { run(same_place, 1, 1025, 0, Ints{nullptr}); }
 
 // ---- counts --------------------------------------------------------------------------------
@@ -576,6 +605,9 @@ const std::map<std::string, void (*)()> kTests = {
     {"many_mma", run_many},
     {"missing_barrier", check_block_sums<false>},
     {"missing_syncwarp", check_turn_in_warp<false>},
+    {"shuffle_for_barrier", [] { run_alone(turn_after_shuffle, 32); }},
+    {"missing_second_barrier", [] { run_alone(reuse_at_once<false>, 64); }},
+    {"copy_over_reads", [] { run_alone(reuse_at_once<true>, 64); }},
     {"missing_wait", check_pipeline<Flaw::no_wait>},
     {"wait_for_too_few", check_pipeline<Flaw::late_wait>},
     {"missing_commit", check_pipeline<Flaw::no_commit>},
@@ -587,6 +619,7 @@ const std::map<std::string, void (*)()> kTests = {
     {"global_beyond", run_beyond_global},
     {"barrier_of_blocks_apart", run_barrier_of_apart},
     {"large_block", run_large_block},
+    {"large_shared", run_large_shared},
     BAD(barrier_and_return), BAD(barrier_in_branches), BAD(barrier_and_shuffle), BAD(shuffle_from_other_half),
     BAD(mask_without_caller), BAD(mask_with_returned), BAD(mask_differs), BAD(ops_differ), BAD(part_of_mma),
     BAD(factor_not_rounded),

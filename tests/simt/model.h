@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "names.h"
+#include "races.h"
 
 #ifdef SIMT_THREADS
 #define SIMT_OWN thread_local
@@ -101,12 +102,13 @@ struct Warp {
   uint32_t ended = 0;
   uint32_t ready = 0, first = 0;    // lanes that can run; the one to begin with
   bool down = false;                // and on to lower ones
+  uint32_t barriers = 0;            // that its lanes have met at
 #endif
   std::vector<Access> accesses;
 };
 
 // A copy from global to shared memory that is under way, in a group of its lane's.
-struct Copy { void* to; const void* from; uint32_t group; };
+struct Copy { void* to; const void* from; uint32_t group; Site at; };
 
 struct Lane {
   Warp* warp = nullptr;
@@ -127,7 +129,9 @@ struct Block {
   Meeting meeting;
   unsigned char* shared = nullptr;
 #ifndef SIMT_THREADS
-  uint32_t ready = 0;  // warps with lanes that can run
+  uint32_t ready = 0;        // warps with lanes that can run
+  uint32_t barriers = 0;     // of all blocks so far, at the block's last
+  std::vector<Word> words;   // of `shared`
 #endif
 };
 
@@ -166,6 +170,7 @@ struct Gpu {
 SIMT_HIDDEN inline Gpu gpu;
 
 [[noreturn]] void fail(const std::string& what, Site at = {});
+[[noreturn]] void fail_race(const Stamp& other, size_t word, Site at);
 
 // The calling lane waits until it is released from the meeting; the last to arrive releases the others.
 #ifdef SIMT_THREADS
@@ -230,6 +235,22 @@ void launch(dim3 grid, dim3 block, size_t shared, bool together, Kernel&& kernel
 void count(Memory memory, const void* p, size_t bytes, Site at);
 // A whole access of a warp: row addresses of ldmatrix.
 void count_matrix(const void* const (&rows)[32], Site at);
+
+#ifdef SIMT_THREADS
+inline void check_race(const void*, size_t, bool, Site) {}
+inline void pass_warp_barrier() {}
+#else
+inline void pass_warp_barrier() { ++self->warp->barriers; }
+
+// Of an access by the lane that runs.
+inline void check_race(const void* p, size_t bytes, bool writes, Site at) {
+  Block& block = *self->warp->block;
+  const Stamp now{block.barriers, self->warp->barriers, uint32_t(self - block.lanes.data()), at};
+  const size_t first = size_t(static_cast<const unsigned char*>(p) - block.shared);
+  for (size_t i = first / 4; i < (first + bytes + 3) / 4; ++i)
+    if (const Stamp* const other = block.words[i].access(now, writes)) fail_race(*other, i, at);
+}
+#endif
 
 inline bool inside_shared(const void* p, size_t bytes) {
   const unsigned char* const begin = self->warp->block->shared;

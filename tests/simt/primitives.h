@@ -50,6 +50,7 @@ inline float reciprocal_fast(float x) { return 1 / x; }
 
 template <bool TRANSPOSED> inline void simt_ldmatrix(uint32_t (&r)[4], const void* row, simt::Site at) {
   simt::check_shared(row, 16, at);
+  simt::check_race(row, 16, false, at);
   struct Operand { uint32_t* r; const void* row; } own{r, row};
   simt::meet({simt::Op::load_matrix, ~0u, &own, at}, [at](const simt::Call* calls) {
     const void* rows[32];
@@ -162,10 +163,12 @@ template <class V> inline void store_global(V* p, V value, SIMT_HERE) {
 }
 template <class V> inline V load_shared(const V* p, SIMT_HERE) {
   simt_access(simt::Memory::shared, p, at);
+  simt::check_race(p, sizeof(V), false, at);
   return *p;
 }
 template <class V> inline void store_shared(V* p, V value, SIMT_HERE) {
   simt_access(simt::Memory::shared, p, at);
+  simt::check_race(p, sizeof(V), true, at);
   *p = value;
 }
 

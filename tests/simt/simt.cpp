@@ -20,8 +20,8 @@
 namespace simt {
 namespace {
 
-constexpr size_t kMostShared = 227 * 1024, kGuard = 64;  // bytes; the guard behind the block's memory
-constexpr unsigned char kPoison = 0xff;                  // a NaN of every type
+constexpr size_t kGuard = 64;            // bytes behind a block's shared memory
+constexpr unsigned char kPoison = 0xff;  // a NaN of every type
 
 uint64_t random_state = 1;
 
@@ -174,6 +174,11 @@ void fail(const std::string& what, Site at) {
               words(self->index) + ": " + what + (at.line() ? " (" + words(at) + ")" : ""));
 }
 
+void fail_race(const Stamp& other, size_t word, Site at) {
+  fail("races with thread " + words(self->warp->block->lanes[other.thread].index) + " (" + words(other.at) +
+           ") for word " + std::to_string(word) + " of shared memory", at);
+}
+
 void check_lanes(const Warp& warp, uint32_t mask, const Call& mine) {
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     const int lane = std::countr_zero(rest);
@@ -279,8 +284,9 @@ void start_copy(void* to, const void* from, bool valid, Site at) {
   if (uintptr_t(from) % 16) fail("the source of a copy is misaligned", at);
   if (counting) count(Memory::shared, to, 16, at);
   if (counting && valid) count(Memory::global, from, 16, at);
+  check_race(to, 16, true, at);
   std::memset(to, kPoison, 16);
-  self->copies.push_back({to, valid ? from : nullptr, self->groups});
+  self->copies.push_back({to, valid ? from : nullptr, self->groups, at});
 }
 
 void wait_for_copies(uint32_t pending) {
@@ -288,6 +294,7 @@ void wait_for_copies(uint32_t pending) {
   size_t done = 0;
   for (; done < copies.size() && copies[done].group + pending < self->groups; ++done) {
     const Copy& x = copies[done];
+    check_race(x.to, 16, true, x.at);
     x.from ? std::memcpy(x.to, x.from, 16) : std::memset(x.to, 0, 16);
   }
   copies.erase(copies.begin(), copies.begin() + ptrdiff_t(done));
@@ -313,7 +320,7 @@ void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry,
     if (!holds) throw Error("simt: " + launch.name + ": " + what);
   };
   require(volume(block) >= 1 && volume(block) <= 1024, "a block has 1 to 1024 threads");
-  require(shared <= kMostShared, "more shared memory than any GPU's block can have");
+  require(shared <= gpu.shared_bytes, "more shared memory than a block can have here");
   require(grid.x < 1u << 31 && grid.y <= 65535 && grid.z <= 65535, "the grid is too large");
   if (!volume(grid)) return;
   if (gpu.listing) return list(entry, volume(block), shared);

@@ -1,7 +1,8 @@
 // What device.cuh includes where the compiler is not nvcc: a CUDA device that runs on the CPU.
 //
 // names.h: CUDA's names that need no model. model.h: launches, blocks, lanes, meetings. Here: CUDA's
-// barriers, shuffles, votes and atomics. primitives.h: those of device.cuh. simt.cpp goes with each program.
+// barriers, shuffles, votes and atomics. primitives.h: those of device.cuh. races.h: what no barrier orders.
+// simt.cpp goes with each program.
 #pragma once
 #include "model.h"
 #include "names.h"
@@ -11,7 +12,7 @@ namespace fastlm::cuda {
 inline void __syncthreads(SIMT_HERE) { simt::meet_block(at); }
 
 inline void __syncwarp(uint32_t mask = ~0u, SIMT_HERE) {
-  simt::meet({simt::Op::syncwarp, mask, nullptr, at}, [](const simt::Call*) {});
+  simt::meet({simt::Op::syncwarp, mask, nullptr, at}, [](const simt::Call*) { simt::pass_warp_barrier(); });
 }
 
 // ---- shuffles ------------------------------------------------------------------------------
