@@ -176,6 +176,67 @@ def test_on_a_device_that_is_not_the_current_one(operator, gpu):
     torch.testing.assert_close(results + other_gradients, expected)
 
 
+@pytest.fixture(scope="module")
+def store():
+    """Memory of which no page is touched costs none; two arguments can lie in it side by side."""
+    return {}
+
+
+def far(store, x, dim, offset=0):
+    """x in memory where the last of dimension `dim` lies 2**31 elements or more from the first."""
+    size = 2**31 + 2**16
+    key = x.dtype, x.device
+    if key not in store:
+        if x.is_cuda and torch.cuda.mem_get_info()[0] < size * x.element_size():
+            pytest.skip("needs 4 GiB of the GPU's memory")
+        store[key] = torch.empty(size, dtype=x.dtype, device=x.device)
+    strides = [2 * s for s in x.contiguous().stride()[:-1]] + [1]
+    strides[dim] = -(-(2**31) // (x.shape[dim] - 1) // 8) * 8
+    return store[key].as_strided(x.shape, strides, offset).copy_(x).requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("dim", (0, 1, 2), ids=("batch", "heads", "rows"))
+def test_attention_offsets_beyond_32_bits(dim, store, device):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+    near = draw(2, 2, 3, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 8), draw(2, 2, 3, 5)
+    results = []
+    for tensors in (
+        near,
+        [far(store, x.detach(), dim, 1024 * i).requires_grad_() for i, x in enumerate(near)],
+    ):
+        q, k, v, mask = tensors
+        out = fastlm.scaled_dot_product_attention(q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dim", (0, 1), ids=("pages", "rows"))
+def test_page_offsets_beyond_32_bits(dim, store, device):
+    k, v = torch.randn(2, 4, 4, 1, 8, dtype=torch.bfloat16, device=device)
+    q = torch.randn(2, 1, 8, dtype=torch.bfloat16, device=device)
+    at, used, table = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 2], [7, 8], [[3, 0], [1, 2]])
+    )
+    results = [
+        fastlm.varlen_attn(q, *pool, at, None, 1, 8, seqused_k=used, block_table=table)
+        for pool in ((k, v), (far(store, k, dim), far(store, v, dim, 1024)))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dim", (0, 1), ids=("tokens", "classes"))
+def test_class_offsets_beyond_32_bits(dim, store, device):
+    x, target = torch.randn(3, 5, dtype=torch.bfloat16, device=device), torch.tensor([1, 4, 0], device=device)
+    results = []
+    for one in (x.requires_grad_(), far(store, x.detach(), dim).requires_grad_()):
+        loss = fastlm.cross_entropy(one, target, label_smoothing=0.1)
+        results.append((loss, *torch.autograd.grad(loss, one)))
+    torch.testing.assert_close(*results)
+
+
 def test_logits_beyond_32_bits(gpu):
     V = 2**17 + 8
     N = 2**31 // V + 2

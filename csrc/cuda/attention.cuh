@@ -148,12 +148,6 @@ FASTLM_DEVICE void logits(const AttentionParams& p, const Sequence& s, float (&x
     add_mask(static_cast<const float*>(p.mask), [](float& score, float bias) { score += bias * kLog2e; });
 }
 
-// Whether dropout keeps the weight of query i and key j in head `head` of all B Hq.
-FASTLM_DEVICE bool keeps(const AttentionParams& p, int64_t head, int i, int j) {
-  const RandomWords w = random_words(p.seed, uint32_t(j / 4), uint32_t(i), uint32_t(head));
-  return w.x[j % 4] >= p.drop_below;
-}
-
 // Where head h, row t of sequence b lies in a tensor of these strides. Nothing is negative: zeros extend an
 // index to 64 bits, where a sign would take a register.
 FASTLM_DEVICE int64_t offset_of(const HeadStrides& s, int b, int64_t first, int h, int64_t t) {

@@ -88,7 +88,8 @@ FASTLM_DEVICE void wait_for_tile(int stages) {
 template <int P>
 FASTLM_DEVICE void drop(const AttentionParams& p, const Row& up, const Row& down, int b, int j, float (&x)[P][4]) {
   const int t = lane_index() % 4;
-  const uint32_t i = uint32_t(t % 2 ? down.i : up.i), head = uint32_t(b * p.Hq + (t % 2 ? down.head : up.head));
+  const uint32_t i = uint32_t(t % 2 ? down.i : up.i);
+  const uint32_t head = uint32_t(int64_t(b) * p.Hq + (t % 2 ? down.head : up.head));
 #pragma unroll
   for (int n = 0; n < P; ++n) {
     const RandomWords w = random_words(p.seed, uint32_t((j + 8 * n) / 4 + t / 2), i, head);

@@ -106,7 +106,7 @@ def key_offsets(j, nk, table, page_size, page_stride, row_stride, PAGED: tl.cons
     """Offsets of keys from the start of their sequence, or from that of the pool."""
     if PAGED:
         page = tl.load(table + j // page_size, mask=j < nk, other=0).to(tl.int64)
-        at = page * page_stride + (j % page_size) * row_stride
+        at = page * page_stride + (j % page_size).to(tl.int64) * row_stride
     else:
         at = j.to(tl.int64) * row_stride
     return at

@@ -110,6 +110,7 @@ def _gru_forward_kernel(
     F: tl.constexpr = state.dtype.element_ty
     direction = tl.program_id(1).to(tl.int64)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
+    gate = tl.cast(H, tl.int64) * H  # elements of w_hh
     steps = _steps_of(lengths, T, b, B)
     rows = b < B
     # Rows behind the batch read the last one's state, so that these loads need no mask.
@@ -136,14 +137,14 @@ def _gru_forward_kernel(
         for first in range(0, H, BU):
             u = first + tl.arange(0, BU)
             y_r, y_z, y_n = tl.zeros([BB, BU], F), tl.zeros([BB, BU], F), tl.zeros([BB, BU], F)
-            w = w_hh + u[None, :] * H
+            w = w_hh + u[None, :].to(tl.int64) * H
             for start in range(0, H, BK):
                 c = start + k
                 h = narrow(tl.load(h_now + c[None, :], c[None, :] < H, 0), w_hh.dtype.element_ty)
                 used = (c[:, None] < H) & (u[None, :] < H)
                 y_r = dot(h, tl.load(w + c[:, None], used, 0), y_r, PRECISION)
-                y_z = dot(h, tl.load(w + (c + H * H)[:, None], used, 0), y_z, PRECISION)
-                y_n = dot(h, tl.load(w + (c + 2 * H * H)[:, None], used, 0), y_n, PRECISION)
+                y_z = dot(h, tl.load(w + gate + c[:, None], used, 0), y_z, PRECISION)
+                y_n = dot(h, tl.load(w + 2 * gate + c[:, None], used, 0), y_n, PRECISION)
             if g_hh is None:
                 _make_gates(
                     at,
@@ -337,7 +338,8 @@ def _gru_backward_kernel(
                 x = tl.load(
                     delta + row[:, None] * delta_row + c[None, :], active[:, None] & (c[None, :] < 3 * H), 0
                 )
-                gate_row = tl.where(c < H, c + 2 * H, c - H)  # (dq, dr, dz) are of the rows n, r, z
+                # (dq, dr, dz) are of the rows n, r, z.
+                gate_row = tl.where(c < H, c + 2 * H, c - H).to(tl.int64)
                 used = (c[:, None] < 3 * H) & (u[None, :] < H)
                 acc = dot(x, tl.load(w_hh + gate_row[:, None] * H + u[None, :], used, 0), acc, PRECISION)
             used = active[:, None] & (u[None, :] < H)

@@ -73,8 +73,10 @@ def _segments_kernel(
     """partial (5, segments, N * S): maximum, sum of exponentials, logit of the target, mass, dot."""
     T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(N, BM)
-    segment, head = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
-    n = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    segments = tl.num_programs(0) // (blocks * S)
+    pid = tl.program_id(0)
+    n = (pid % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    segment, head = pid // blocks % segments, (pid // blocks // segments).to(tl.int64)
     inside = n < N
     i = n * S + head
     w += head * w_s
@@ -108,7 +110,6 @@ def _segments_kernel(
             dot += mass * (finite(old) - new) + tl.sum(tl.where(used, share * (v - new[:, None]), 0), 1)
             mass += tl.sum(share, 1)
     count = tl.cast(N, tl.int64) * S
-    segments = tl.num_programs(0) // blocks
     at = partial + segment * count + i
     step = segments * count
     tl.store(at, m, inside)
@@ -137,6 +138,7 @@ def _join_kernel(
             w_y = tl.load(weight + y, kept, 0)
     m, total = tl.full([TOKENS], float("-inf"), T), tl.zeros([TOKENS], T)
     x_y, mass, dot = tl.zeros([TOKENS], T), tl.zeros([TOKENS], T), tl.zeros([TOKENS], T)
+    count = tl.cast(count, tl.int64)
     step = segments * count
     for segment in range(segments):
         at = partial + segment * count + i
@@ -310,7 +312,7 @@ def _forward(loss: Loss, x: Tensor, w: Tensor, b: Tensor | None, options: tuple,
     each, lse, low = (loss.new(x) for _ in range(3))
     flags = dict(INDICES=loss.indices, SMOOTHING=label_smoothing > 0)
     _segments(
-        lambda t: (cdiv(N, t["BM"]) * segments, S),
+        lambda t: (cdiv(N, t["BM"]) * segments * S,),
         x, w, b, loss.target, loss.weight, partial, N, C, x.shape[1], S, span, *x.stride(), *w.stride(),
         *((0, 0) if b is None else b.stride()), *loss.probs_strides, ignore_index, label_smoothing, softcap,
         sizes=(N, C, x.shape[1]), **flags, CAPPED=softcap != 0,
