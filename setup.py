@@ -246,7 +246,8 @@ def cuda_rules(nvcc, output=None, names="*"):
     sources = sorted(path for name in names.split(",") for path in CSRC.glob(f"cuda/{name}.cu"))
     sources += sorted(CSRC.glob("cuda/*.cpp")) if output else []
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    if int(archs[-1]) >= 80:  # what is compiled for sm_75 has not all of what is launched on others
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
 
     def host(flags):  # nvcc hands them on; a comma would end one

@@ -33,9 +33,10 @@ def archs() -> list[int]:
 
 def serves(capability: tuple[int, int]) -> bool:
     """Whether there is code for GPUs of this capability: an older one's of the same generation runs, and
-    what is newer than all compiles the newest anew."""
+    what is newer than all compiles the newest anew, but for that of sm_75."""
     major, minor = capability
-    return any(a // 10 == major and a % 10 <= minor for a in archs()) or 10 * major + minor > max(archs())
+    newest = max(archs())
+    return any(a // 10 == major and a % 10 <= minor for a in archs()) or 10 * major + minor > newest >= 80
 
 
 def driver_version() -> int:

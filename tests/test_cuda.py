@@ -122,11 +122,14 @@ def test_a_machine_without_a_driver(monkeypatch):
 
 
 def test_gpus_that_it_serves(built):
-    """Those of the generations built for, not older ones of it, and all that are newer."""
+    """Those of the generations built for, not older ones of it, and all that are newer; but code for sm_75 is for
+    that alone, as it lacks kernels that others are sent."""
     asked = [(7, 0), (7, 2), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)]
     assert [x for x in asked if cuda.serves(x)] == asked[2:]
     built.setattr(Library, "fastlm_cuda_archs", lambda self: b"86;90")
     assert [x for x in asked if cuda.serves(x)] == asked[4:]
+    built.setattr(Library, "fastlm_cuda_archs", lambda self: b"75")
+    assert [x for x in asked if cuda.serves(x)] == [(7, 5)]
 
 
 def test_families_that_are_not_there_are_not_asked(built):

@@ -131,6 +131,7 @@ template <class T, int D> void run_size(BackwardCall& call) {
   const auto run = [&](auto with_options) {
     if (!small) run_all<T, D, decltype(with_options)::value, false>(call);
     else if constexpr (kAllKernels && !std::is_same_v<T, tf32>) run_all<T, D, decltype(with_options)::value, D >= 64>(call);
+    else STD_TORCH_CHECK(false, "fastlm::", call.op, ": this build has no kernels for a GPU of so little shared memory");
   };
   if constexpr (sizeof(T) == 2) {  // float32's products leave time for options
     if (!options) return run(std::false_type{});

@@ -6,5 +6,5 @@
 // CUDA's version, as 13000, that this library was built with.
 FASTLM_API int fastlm_cuda_version() { return CUDART_VERSION; }
 
-// The GPUs it was built for, as "75;80"; the last one also as PTX.
+// The GPUs it was built for, as "75;80"; the last one also as PTX, unless that is 75.
 FASTLM_API const char* fastlm_cuda_archs() { return FASTLM_CUDA_ARCHS; }
