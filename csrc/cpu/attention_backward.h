@@ -147,30 +147,28 @@ void tile_gradients(const AttentionParams& p, BackwardScratch<S>& x, const KeyRa
   const bool capped = !kBias && p.softcap > 0;
   for (int64_t j = 0; j < keys.n; j += kPair)
     for (int64_t r = begin; r < keys.end; r += kLanes<T>) {
-      V ds[kPair];
+      V w[kPair], ds[kPair];
 #pragma GCC unroll 2
       for (int64_t y = 0; y < kPair; ++y) {
-        ds[y] = V{};
+        w[y] = ds[y] = V{};
         if (y > 0 && j + y == keys.n) break;
         const int64_t at = (j + y) * ld + r;
-        V w = softmax_exp((load(x.scores + at) * unit - load(x.lse + r)) * log);
+        w[y] = softmax_exp((load(x.scores + at) * unit - load(x.lse + r)) * log);
         V dw = load(x.dscores + at);
         if (x.keep) dw *= load(x.keep + at);
-        ds[y] = w * ((dw - load(x.delta + r)) * scale);
+        ds[y] = w[y] * ((dw - load(x.delta + r)) * scale);
         if (capped) ds[y] *= load(x.score.slope + at);
-        if (x.keep) w *= load(x.keep + at);
-        if constexpr (kPair == 2) {
-          store(reinterpret_cast<bf16*>(x.weights) + at, w);
-          store(reinterpret_cast<bf16*>(x.ds_rows) + at, ds[y]);
-          if (kBias) store(x.dscores + at, ds[y]);
-        } else {
-          store(x.weights + at, w);
-          store(x.dscores + at, ds[y]);
-        }
+        if (x.keep) w[y] *= load(x.keep + at);
+        if (kPair == 1 || kBias) store(x.dscores + at, ds[y]);
       }
       if constexpr (kPair == 2) {
-        const Words pair = pair_bf16(ds[0], ds[1]);
+        bf16* const weights = reinterpret_cast<bf16*>(x.weights) + j * ld + r;
+        bf16* const ds_rows = reinterpret_cast<bf16*>(x.ds_rows) + j * ld + r;
+        store_pair(weights, weights + ld, w[0], w[1]);
+        const Words pair = store_pair(ds_rows, ds_rows + ld, ds[0], ds[1]);
         __builtin_memcpy(x.ds_columns + j / 2 * ld + r, &pair, sizeof pair);
+      } else {
+        store(x.weights + j * ld + r, w[0]);
       }
     }
 }

@@ -168,7 +168,8 @@ void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange
   using T = compute_t<S>;
   using Mul = typename Operand<S>::Mul;
   constexpr int64_t kPair = Operand<S>::kPair;
-  constexpr int64_t kStep = 4 * kLanes<T>;
+  constexpr int kVecs = kRowBlock / kLanes<T> % 4 ? 3 : 4;  // a whole block without a rest
+  constexpr int64_t kStep = kVecs * kLanes<T>;
   const int64_t ld = x.rows.width, begin = keys.begin, lanes = keys.end - keys.begin;
   const T factor = score_unit<T>(p) * kLog<T>;
 
@@ -181,8 +182,8 @@ void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange
   mask_t<Vec<T>> changed{};
   int64_t r = begin;
   for (; r + kStep <= keys.end; r += kStep)
-    changed |= softmax_columns<S, 4>(keys.n, ld, factor, x.scores + r, x.keep ? x.keep + r : nullptr,
-                                     x.m + r, x.l + r, x.alpha + r, x.weights + r);
+    changed |= softmax_columns<S, kVecs>(keys.n, ld, factor, x.scores + r, x.keep ? x.keep + r : nullptr,
+                                         x.m + r, x.l + r, x.alpha + r, x.weights + r);
   for (; r < keys.end; r += kLanes<T>)
     changed |= softmax_columns<S, 1>(keys.n, ld, factor, x.scores + r, x.keep ? x.keep + r : nullptr,
                                      x.m + r, x.l + r, x.alpha + r, x.weights + r);

@@ -64,13 +64,14 @@ template <class T> struct RowBlock {
   int64_t b, hkv, row, n, group;
   int64_t width;        // n rounded up to whole vectors; lanes behind n hold zeros
   int64_t first, last;  // least and greatest query index
+  int64_t head;         // of lane 0
   bool one_head;        // then lane r is query first + r
   T* index;             // [width] i(r) - first
   T* slope;             // [width] ALiBi slope of h(r); null without ALiBi
   int64_t* mask;        // [n] offset of the mask's row; null without mask
 
-  int64_t i(int64_t r) const { return (row + r) % seq->Tq; }
-  int64_t h(int64_t r) const { return hkv * group + (row + r) / seq->Tq; }
+  int64_t i(int64_t r) const { return one_head ? first + r : (row + r) % seq->Tq; }
+  int64_t h(int64_t r) const { return one_head ? head : hkv * group + (row + r) / seq->Tq; }
 };
 
 template <class T>
@@ -84,6 +85,7 @@ RowBlock<T> row_block(const AttentionParams& p, const AttentionItem& item, Arena
   rows.group = p.Hq / p.Hkv;
   rows.width = round_up<int64_t>(item.rows, kLanes<float>);
   const int64_t Tq = rows.seq->Tq;
+  rows.head = item.hkv * rows.group + item.row / Tq;
   rows.one_head = item.row / Tq == (item.row + item.rows - 1) / Tq;
   rows.first = rows.one_head ? item.row % Tq : 0;
   rows.last = rows.one_head ? rows.first + item.rows - 1 : Tq - 1;
@@ -107,16 +109,9 @@ FASTLM_INLINE int64_t row_offset(const RowBlock<T>& rows, AttentionStrides s, in
 
 // ---- packing ----
 
-// Words of two neighbours along a row of n bf16; behind an odd end stands 0.
-FASTLM_INLINE void pair_row(int64_t n, const bf16* src, uint32_t* dst) {
-  if (n == 0) return;
-  dst[ceil_div<int64_t>(n, 2) - 1] = 0;
-  __builtin_memcpy(dst, src, size_t(n) * sizeof(bf16));
-}
-
 // Words of one column of two rows of n bf16 each; without a second row, 0 stands for it.
 FASTLM_INLINE void pair_rows(int64_t n, const bf16* even, const bf16* odd, uint32_t* dst) {
-  for (int64_t d = 0; d < n; ++d) dst[d] = even[d].bits | (odd ? uint32_t(odd[d].bits) << 16 : 0u);
+  Pack<uint32_t>::across(n, even, 1, odd ? odd - even : 0, dst);
 }
 
 // dst[d][lane] = row of each lane, as operand (d counts pairs where these are paired). `tmp` holds
@@ -137,7 +132,7 @@ void pack_queries(const RowBlock<T>& rows, const S* src, AttentionStrides s, int
     }
   }
   for (int64_t r = 0; r < rows.n; ++r) {
-    if constexpr (kPair == 2) pair_row(D, src + row_offset(rows, s, r), tmp + r * K);
+    if constexpr (kPair == 2) Pack<E>::along(D, src + row_offset(rows, s, r), 1, tmp + r * K);
     else convert_row(D, src + row_offset(rows, s, r), 1, tmp + r * K);
   }
   transpose(rows.n, K, tmp, K, dst, ld);
@@ -199,7 +194,7 @@ KeyRows<operand_t<S>> rows_along_columns(const KeySource<S>& src, int64_t j0, in
   }
   const int64_t ld = spread(ceil_div(src.D, Operand<S>::kPair));
   for (int64_t j = 0; j < n; ++j) {
-    if constexpr (Operand<S>::kPair == 2) pair_row(src.D, src.row(j0 + j), scratch + j * ld);
+    if constexpr (Operand<S>::kPair == 2) Pack<E>::along(src.D, src.row(j0 + j), 1, scratch + j * ld);
     else convert_row(src.D, src.row(j0 + j), 1, scratch + j * ld);
   }
   return {scratch, ld};

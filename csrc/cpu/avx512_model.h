@@ -65,6 +65,12 @@ template <class T, class V> FASTLM_MODEL V scalef_lanes(V a, V b) {
   return a;
 }
 
+// As far from 1 / v as the instruction may be: 2^-14 of it.
+FASTLM_MODEL __m512 reciprocal14(__m512 v) {
+  const __m512 y = 1.f / v;
+  return y == y ? bits_of<__m512>(bits_of<Words>(y) & 0xfffffe00u) : y;
+}
+
 FASTLM_MODEL __m512 from_half(__m256i h) {
   __m128i half[2];
   __builtin_memcpy(half, &h, sizeof h);
@@ -110,6 +116,24 @@ FASTLM_MODEL __m512 dot(__m512 sum, __m512bh a, __m512bh b) {
   return add(sum, x << 16, y << 16);
 }
 
+// Lanes of 16 bits, each from the place that its index names.
+FASTLM_MODEL __m512i permute(__m512i index, __m512i v) {
+  uint16_t place[32], from[32], to[32];
+  __builtin_memcpy(place, &index, sizeof place);
+  __builtin_memcpy(from, &v, sizeof from);
+  for (int i = 0; i < 32; ++i) to[i] = from[place[i] & 31];
+  return __builtin_bit_cast(__m512i, to);
+}
+FASTLM_MODEL __m512i join(__m256i low, __m256i high) {
+  const __m256i half[2] = {low, high};
+  return __builtin_bit_cast(__m512i, half);
+}
+template <int kHalf> FASTLM_MODEL __m256i half(__m512i v) {
+  __m256i halves[2];
+  __builtin_memcpy(halves, &v, sizeof v);
+  return halves[kHalf];
+}
+
 FASTLM_MODEL __m512i multiply_even(__m512i a, __m512i b) {
   const DoubleWords low = DoubleWords{} + 0xffffffffu;
   return bits_of<__m512i>((bits_of<DoubleWords>(a) & low) * (bits_of<DoubleWords>(b) & low));
@@ -136,6 +160,7 @@ FASTLM_MODEL __m512i blend(uint32_t mask, __m512i a, __m512i b) {
 #define _mm512_min_pd instruction::min
 #define _mm512_scalef_ps instruction::scalef_lanes<float>
 #define _mm512_scalef_pd instruction::scalef_lanes<double>
+#define _mm512_rcp14_ps instruction::reciprocal14
 #define _mm512_cvtepu16_epi32 instruction::widen
 #define _mm512_cvtepi32_epi16 instruction::narrow
 #define _mm512_cvtepi8_epi32 instruction::widen_bytes
@@ -147,11 +172,21 @@ FASTLM_MODEL __m512i blend(uint32_t mask, __m512i a, __m512i b) {
 #undef _mm512_srli_epi64
 #define _mm512_srli_epi64(v, n) \
   instruction::bits_of<__m512i>(instruction::bits_of<instruction::DoubleWords>(v) >> (n))
+#define _mm512_permutexvar_epi16 instruction::permute
+#define _mm512_castsi256_si512(v) instruction::join(v, __m256i{})
+#undef _mm512_inserti64x4
+#define _mm512_inserti64x4(v, high, i) instruction::join(instruction::half<1 - (i)>(v), high)
+#undef _mm512_extracti64x4_epi64
+#define _mm512_extracti64x4_epi64(v, i) instruction::half<(i)>(v)
+#define _mm512_castsi512_si256 instruction::half<0>
 #define _mm512_mul_epu32 instruction::multiply_even
 #define _mm512_mask_blend_epi32 instruction::blend
 
 #if defined(FASTLM_AVX512_BF16_MODEL)
 #define __AVX512BF16__ 1
 #define _mm512_cvtneps_pbh instruction::to_bf16
+#define _mm512_cvtne2ps_pbh(high, low) \
+  instruction::bits_of<__m512bh>(instruction::join(instruction::bits_of<__m256i>(instruction::to_bf16(low)), \
+                                                   instruction::bits_of<__m256i>(instruction::to_bf16(high))))
 #define _mm512_dpbf16_ps instruction::dot
 #endif

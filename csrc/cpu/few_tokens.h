@@ -81,12 +81,12 @@ template <class S, class W, class Y> struct FewTokens {
     w += n * p.ldw;
     const auto step = [&](int chain, int64_t k, auto... lanes) {
       Vec<T> tokens[kM];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int i = 0; i < kM; ++i) tokens[i] = load<T>(xs + i * p.K + k, lanes...);
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
         const Vec<T> row = load<T>(w + r * apart * p.ldw + k, lanes...);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kM; ++i) acc[chain][i][r] = fma(tokens[i], row, acc[chain][i][r]);
       }
     };
@@ -95,16 +95,21 @@ template <class S, class W, class Y> struct FewTokens {
 #pragma GCC unroll 2
       for (int c = 0; c < kChains; ++c) step(c, k + c * kL);
     for (; k < p.K; k += kL) step(0, k, least<int64_t>(kL, p.K - k));
+#pragma GCC unroll 4
     for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) sums[(m + i) * N + n + r * apart] = reduce_add(acc[0][i][r] + acc[1][i][r]);
   }
 
-  // The same for all tokens: as many chains for two as for one.
+  // The same for all tokens: four at a time where there are registers, as many chains for two as for one.
   template <int kR> void outputs(const W* w, int64_t n, int64_t apart, T* sums, int64_t N) const {
-    constexpr int kPair = least(kR, 2);
+    constexpr int kPair = least(kR, 2), kMost = kMR > 4 ? 4 : 2;
+    const auto tokens = [&]<int kM>(int64_t m) {
+      for (int r = 0; r < kR; r += kPair) dot_products<kM, kPair>(w, m, n + r * apart, apart, sums, N);
+    };
     int64_t m = 0;
-    for (; m + 2 <= p.M; m += 2)
-      for (int r = 0; r < kR; r += kPair) dot_products<2, kPair>(w, m, n + r * apart, apart, sums, N);
+    for (; m + kMost <= p.M; m += kMost) tokens.template operator()<kMost>(m);
+    if (kMost > 2 && m + 2 <= p.M) tokens.template operator()<2>(m), m += 2;
     if (m < p.M) dot_products<1, kR>(w, m, n, apart, sums, N);
   }
 

@@ -111,9 +111,11 @@ inline void matmul(int64_t M, int64_t N, int64_t K, const typename Mul::elem* a,
                    const typename Mul::elem* b, int64_t ldb, typename Mul::acc* c, int64_t ldc) {
   constexpr int kL = kLanes<typename Mul::acc>;
   int64_t n = 0;
-  for (; n + kNV * kL <= N; n += kNV * kL)
+  // Four vectors are two and two: beside three, the sums of one would be too few for their latency.
+  for (; N - n >= kNV * kL && N - n != 4 * kL; n += kNV * kL)
     column_of_tiles<Mul, kNV, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
-  if (N - n == 2 * kL) column_of_tiles<Mul, 2, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
+  for (; N - n >= 2 * kL; n += 2 * kL)
+    column_of_tiles<Mul, 2, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
   if (N - n == kL) column_of_tiles<Mul, 1, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
 }
 
@@ -204,9 +206,7 @@ template <> struct Pack<uint32_t> {
     int64_t i = 0;
     if (stride == 1 && next)
       for (; i + kLanes<float> <= n; i += kLanes<float>) {
-        const Words even = widen(load_raw<Half>(src + i));
-        const Words odd = widen(load_raw<Half>(src + i + next));
-        const Words words = even | (odd << 16);
+        const Words words = interleave(load_raw<Half>(src + i), load_raw<Half>(src + i + next));
         __builtin_memcpy(dst + i, &words, sizeof words);
       }
     for (; i < n; ++i) dst[i] = word(src[i * stride], next ? src[i * stride + next] : bf16{0});

@@ -199,7 +199,7 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
     S* previous = space.previous ? space.previous + (d * p.N + row) * H : nullptr;
     F* dh = carry(d) + b * space.ldh;
     R* hidden = step_deltas(d, s) + b * space.ldg;
-    each_vector<F>(first, last, [&](int64_t i, int64_t w) {
+    each_vector<F>(first, last, [&](int64_t i, int64_t w) FASTLM_INLINED {
       const Vec<F> r = get<F>(kept + i, w), z = get<F>(kept + H + i, w);
       const Vec<F> n = get<F>(kept + 2 * H + i, w), q = get<F>(kept + 3 * H + i, w);
       const Vec<F> h = get<F>(before + i, w);
@@ -215,7 +215,7 @@ void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const 
       const Vec<F> dz = gain_z * (h - n) * z * (one - z);
       const Vec<F> dr = dn * q * r * (one - r), dq = dn * r;
       put<F>(dh + i, grad * keep, w);
-      const auto put_deltas = [&](auto* to) {
+      const auto put_deltas = [&](auto* to) FASTLM_INLINED {
         put<F>(to + i, dq, w);
         put<F>(to + H + i, dr, w);
         put<F>(to + 2 * H + i, dz, w);

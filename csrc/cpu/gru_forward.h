@@ -112,7 +112,7 @@ template <class S> struct Forward {
   void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
   template <class Visit> void products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s,
                                        const Visit& f) const;
-  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc, int64_t b,
+  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, F* c, int64_t ldc, int64_t b,
                   int64_t s) const;
   void single_step(int64_t d) const;
   void recurrence() const;
@@ -198,9 +198,9 @@ void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int6
 }
 
 // Units of panel u at step s for `rows` sequences from b on, their rows being those from `row` on:
-// c[rows][3 lanes] (leading dimension ldc) is h W.
+// c[rows][3 lanes] (leading dimension ldc) is h W, and gives its place to the gates.
 template <class S>
-void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, const F* c, int64_t ldc,
+void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, F* c, int64_t ldc,
                             int64_t b, int64_t s) const {
   const int64_t H = p.H, i = u * kL, ldout = p.D * H, ldh = space.ldh;
   const F* h = state(d, s) + b * ldh;
@@ -211,13 +211,18 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, con
   S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
   const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H + i : nullptr;
   const bool zoneout = p.update || p.zoneout != 0;
-  const auto visit = [&](int64_t w) {
+  const auto visit = [&](int64_t w) FASTLM_INLINED {
+    // n waits long for r: with r and z of all rows before it, a core has several rows at work at the same time.
+    for (int64_t m = 0; m < rows; ++m) {
+      const F* xm = x + m * ldx;
+      F* cm = c + m * ldc;
+      store(cm, sigmoid(get<F>(xm, w) + load(cm)));
+      store(cm + kL, sigmoid(get<F>(xm + H, w) + load(cm + kL)));
+    }
     const Vec<F> bias_q = get<F>(bias(d, 1) + 2 * H + i, w);
     for (int64_t m = 0; m < rows; ++m) {
       const F *xm = x + m * ldx, *cm = c + m * ldc;
-      const Vec<F> r = sigmoid(get<F>(xm, w) + load(cm));
-      const Vec<F> z = sigmoid(get<F>(xm + H, w) + load(cm + kL));
-      const Vec<F> q = load(cm + 2 * kL) + bias_q;
+      const Vec<F> r = load(cm), z = load(cm + kL), q = load(cm + 2 * kL) + bias_q;
       const Vec<F> n = tanh(fma(r, q, get<F>(xm + 2 * H, w)));
       const Vec<F> before = load(h + m * ldh + i);
       Vec<F> hidden = fma(z, before - n, n);
@@ -247,7 +252,7 @@ void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
   const int64_t t = time(d, s), b = space.bounds[tile];
   const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
   if (rows <= 0) return;
-  products(d, b, rows, part, s, [&](int64_t u, const F* c) {
+  products(d, b, rows, part, s, [&](int64_t u, F* c) {
     make_gates(d, p.offsets[t] + b, rows, u, c, kPanel<F>, b, s);
   });
 }

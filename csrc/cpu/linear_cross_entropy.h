@@ -468,9 +468,8 @@ template <class S> struct LinearCrossEntropy {
           const int64_t at = v * width() + panel * kNR + j;
           const V even = load(l.tile + at), odd = v + 1 < M ? load(l.tile + at + width()) : V{};
           bf16* const along = reinterpret_cast<bf16*>(l.along) + at;
-          store(along, even);
-          store(along + width(), odd);  // a tile has an even number of rows, this one may have less
-          const Words pairs = pair_bf16(even, odd);
+          // A tile has an even number of rows, this one may have less.
+          const Words pairs = store_pair(along, along + width(), even, odd);
           E* const across = l.across + panel * kNR * ceil_div(M, kPair) + v / 2 * panel_width(panel);
           __builtin_memcpy(across + j, &pairs, sizeof pairs);
         }
