@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import check
+from fuzz import check, fakes
 from fuzz.calls import Call, T
 from fuzz.draw import Drawer
 
@@ -113,6 +113,15 @@ def test_a_lost_nan_is_found(monkeypatch):
     assert check.judge(call) is None
     monkeypatch.setattr("fastlm.cross_entropy", _swallowed)
     assert "result 0 has 1 where nan is expected" in check.judge(call)
+
+
+def test_wrong_fake_kernels_are_found(monkeypatch):
+    x = torch.randn(2, 3)
+    assert fakes._wrong(torch.clone, (x,), {}, x.clone()) is None
+    for other in (x[:1].clone(), x.double(), x.t().contiguous().t()):
+        assert "it is" in fakes._wrong(torch.clone, (x,), {}, other)
+    monkeypatch.setattr(fakes, "_wrong", lambda function, *rest: f"{function} is wrong")
+    assert check.judge(LOSS) == "fastlm.cross_entropy.default is wrong"
 
 
 @pytest.mark.parametrize("kind", ("attention", "varlen", "cross_entropy", "linear_cross_entropy", "gru_cell"))

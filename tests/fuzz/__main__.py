@@ -3,8 +3,8 @@
 Draws calls of the public functions, of fastlm.nn's modules and of the raw operators (torch.ops.fastlm), with
 random shapes, memory layouts, dtypes and options, right ones and ones in which arguments were altered, and holds
 each to what check.py says: no crash and no hang; right calls agree with the reference; wrong ones raise a
-documented type of error that names function and argument; inputs stay as they are; the same bits when repeated; no
-memory lost.
+documented type of error that names function and argument; inputs stay as they are; the same bits when repeated;
+fake kernels describe what the real ones return; no memory lost.
 
 Calls run in batches in a child process, which writes each down before it runs it. One that fails is shrunk and
 printed as a command that runs it alone: `python tests/fuzz --call "Call(...)"`.

@@ -22,6 +22,7 @@ import fastlm.nn
 
 from . import nonfinite
 from .calls import STRANGE, Call, T, leaves
+from .fakes import Fakes
 
 warnings.filterwarnings("ignore")
 
@@ -70,6 +71,11 @@ def judge(call: Call) -> str | None:
         for i, (x, y) in enumerate(zip(first, again, strict=True)):
             if not x.is_nested and (x.shape != y.shape or not _same_bits(x, y)):
                 return f"result {i} has other bits when the call is repeated"
+    if all(x.device.type == "cpu" for x in first) and (not call.wrong or call.name.startswith("ops.")):
+        with Fakes() as fakes:
+            answer(call, call.arguments())
+        if fakes.problem:
+            return fakes.problem
     if call.name.startswith("ops."):
         return None
     return judge_values(call, first)
@@ -181,7 +187,7 @@ def _linear(input, weight, bias=None, *, activation=None, scale=None) -> Tensor:
     if scale is None:
         out = F.linear(input, weight, bias)
     else:
-        exact = F.linear(input.double(), weight * scale.double()[:, None])
+        exact = F.linear(input.double(), weight.double()) * scale.double()
         out = (exact if bias is None else exact + bias).to(input.dtype)
     if activation is None:
         return out
