@@ -112,6 +112,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise AssertionError(
                 f"{name}: key has shape {tuple(key.shape)}, which does not fit value's {tuple(value.shape)}"
             )
+        batch_dim = 0 if self.batch_first else 1
+        if query.shape[batch_dim] != key.shape[batch_dim]:
+            raise RuntimeError(
+                f"{name}: query has batch size {query.shape[batch_dim]}, key {key.shape[batch_dim]}"
+            )
 
     def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """The three projections, as views of one product where their inputs are one tensor."""

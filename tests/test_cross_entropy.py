@@ -106,6 +106,11 @@ def test_weight_of_an_absent_class_may_be_infinite(shape, isa):
     )
 
 
+def test_an_unbatched_target_of_one_element(tiny_calls_as_shipped):
+    x, target = torch.randn(5), torch.tensor([3])
+    assert_close(gradient(fastlm.cross_entropy, x, target), gradient(F.cross_entropy, x, target[0]))
+
+
 @pytest.mark.parametrize("scale", (1.0, 1 / 3))
 def test_small_half_gradients_survive_loss_scaling(scale, isa):
     """A mean's unit gradient, 1 / N of a small probability, would underflow in float16."""

@@ -200,3 +200,11 @@ def test_errors(change, error, message):
         ours(**(arguments | change), need_weights=False)
     with pytest.raises(error):
         theirs(**(arguments | change), need_weights=False)
+
+
+@pytest.mark.parametrize("batches", ((0, 1), (1, 2)), ids=str)
+def test_batches_must_be_equal(batches):
+    query, key = (torch.randn(n, 3, 4) for n in batches)
+    for module in (torch.nn.MultiheadAttention, fastlm.nn.MultiheadAttention):
+        with pytest.raises(RuntimeError):
+            module(4, 2, batch_first=True)(query, key, key, need_weights=False)

@@ -62,10 +62,24 @@ def _tiny(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor 
         # PyTorch's checks let a value pass that has fewer rows than key, and it reads behind them.
         if not query.shape == key.shape == value.shape:
             return None
+        # Where elements of a query share their place, as in rows from unfold, it reads what was never written.
+        if not (query.is_contiguous() or _disjoint(query)):
+            return None
         out = torch._C._nn.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None  # arguments that don't fit: the caller's checks say so
     return ops_attention.twice_differentiable(out, query, key, value, is_causal) if out.requires_grad else out
+
+
+def _disjoint(x: Tensor) -> bool:
+    """Whether all elements have places of their own."""
+    end = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return False
+            end += stride * (size - 1)
+    return True
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:

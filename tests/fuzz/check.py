@@ -65,13 +65,14 @@ def judge(call: Call) -> str | None:
     for x, memory in zip(tensors_of(before), kept, strict=True):
         if not changes and memory is not None and not torch.equal(memory, _memory(x)):
             return f"an input of shape {tuple(x.shape)} was changed"
-    mixed = call.name in ("linear", "gru_cell") and _on_meta(call)  # as PyTorch's own have it
+    # As PyTorch's own have it; of the raw operators' results on the CPU, nothing is written then.
+    mixed = (call.name in ("linear", "gru_cell") or call.name.startswith("ops.")) and _on_meta(call)
     if not mixed and all(x.device.type == "cpu" for x in first):
         again = answer(call, call.arguments())
         for i, (x, y) in enumerate(zip(first, again, strict=True)):
             if not x.is_nested and (x.shape != y.shape or not _same_bits(x, y)):
                 return f"result {i} has other bits when the call is repeated"
-    if all(x.device.type == "cpu" for x in first) and (not call.wrong or call.name.startswith("ops.")):
+    if not _on_meta(call) and (not call.wrong or call.name.startswith("ops.")):
         with Fakes() as fakes:
             answer(call, call.arguments())
         if fakes.problem:
