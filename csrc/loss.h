@@ -75,7 +75,7 @@ struct Logits {
   std::optional<Tensor> tensor;
   Strides at;
   int64_t N, S;  // a matrix with tokens contiguous is [1][C][N]
-  bool rows;     // classes are contiguous
+  bool rows = false;  // classes are contiguous
 };
 
 inline bool view_logits(const Tensor& t, int64_t N, int64_t S, Logits* v) {
