@@ -102,10 +102,10 @@ class OperatorProblem:
         return outputs + list(torch.autograd.grad(live, differentiable(arguments), cotangents))
 
     def draw_cotangents(self, shapes: list[torch.Size]) -> None:
-        """What is propagated back through outputs of these shapes."""
+        """What is propagated back through outputs of these shapes: 1 through a loss, as loss.backward() does."""
         self.shapes = shapes
         like = [torch.empty((), dtype=self.dtype, device=self.device).expand(shape) for shape in shapes]
-        self.cotangents = cotangents_for(like, 1)
+        self.cotangents = [c if c.dim() else torch.ones_like(c) for c in cotangents_for(like, 1)]
 
     def call(self, contender: str, kind: str) -> Callable[[], list[Tensor]]:
         """A call of the contender; it returns outputs and, for "forward+backward", gradients."""

@@ -1,6 +1,8 @@
 """The CUDA attention kernels where the tables of cases don't reach: every head size, division of warps and of
 keys. On the CPU, in a model of a GPU (tests/simt)."""
 
+import math
+
 import pytest
 import torch
 from cases import OPERATORS, attention, packed
@@ -8,6 +10,7 @@ from harness import check_tf32, compare
 from test_operators import name_of
 
 import fastlm
+from fastlm import reference
 from tests import simt
 
 # Head sizes are padded to 32, 64, 128 and 256. 140 rows: several blocks of each kernel, the last partly filled.
@@ -54,6 +57,20 @@ def test_a_sequence_has_its_bits_in_any_batch(cuda_host):
         [run((i, i + 1), at)[i : i + 1] for i, at in enumerate(((0, 40), (40, 640), (640, 1350)))]
     )
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("Tq", (1, 20))
+def test_sinks_of_rows_without_keys(Tq, cuda_host):
+    """A sink that is NaN is not lost there, in one split of the keys or several; one of -inf is none."""
+    q, k = torch.randn(1, 3, Tq, 8), torch.randn(1, 3, 300, 8)
+    mask = torch.rand(Tq, 300) < 0.5
+    mask[0] = False
+    options = {"sinks": torch.tensor([0.5, math.nan, -math.inf]), "return_lse": True}
+    ours, formula = (
+        f(q, k, k, mask, **options)
+        for f in (fastlm.scaled_dot_product_attention, reference.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(ours, formula, equal_nan=True)
 
 
 # ---- backward ----

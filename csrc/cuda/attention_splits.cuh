@@ -39,7 +39,7 @@ struct Normaliser { float scale, lse; };
 FASTLM_DEVICE Normaliser normalise(float m, float l, const float* sink) {
   if (sink) {
     const float logit = *sink * kLog2e, top = fmaxf(m, logit);
-    if (top == -kInfinity) return {0, -kInfinity};
+    if (m == -kInfinity && logit == -kInfinity) return {0, -kInfinity};  // not where either is NaN
     const float ratio = exp2_fast(m - top);
     l = l * ratio + exp2_fast(logit - top);
     return {ratio / l, top + log2f(l)};
