@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <mutex>
+#include <atomic>
 #include <vector>
 #endif
 
@@ -27,9 +27,8 @@ class KeptMemory {
   static void* take(size_t bytes, size_t* size) {
     std::vector<Block> useless;
     {
-      // Never waits: a process may have been forked while another thread held the lock.
-      const std::unique_lock lock(mutex(), std::try_to_lock);
-      if (lock) {
+      const Hold hold;
+      if (hold.mine) {
         std::vector<Block>& kept = blocks();
         const auto fits = [&](const Block& b) { return b.size >= bytes; };
         const auto least = std::partition(kept.begin(), kept.end(), fits);
@@ -51,8 +50,8 @@ class KeptMemory {
 
   static void give(void* data, size_t size) {
     if (!madvise(data, size, MADV_WIPEONFORK) && !madvise(data, size, MADV_FREE)) {
-      const std::unique_lock lock(mutex(), std::try_to_lock);
-      if (lock) {
+      const Hold hold;
+      if (hold.mine) {
         blocks().push_back({data, size});
         return;
       }
@@ -66,14 +65,19 @@ class KeptMemory {
     size_t size;
   };
 
-  // Neither is ever destroyed: a tensor may outlive every static object.
+  // The blocks for one thread, unless another has them. Nobody waits: a process may have been forked meanwhile.
+  struct Hold {
+    const bool mine = !busy.test_and_set(std::memory_order_acquire);
+    ~Hold() {
+      if (mine) busy.clear(std::memory_order_release);
+    }
+  };
+  static inline std::atomic_flag busy;
+
+  // Never destroyed: a tensor may outlive every static object.
   static std::vector<Block>& blocks() {
     static auto* const kept = new std::vector<Block>;
     return *kept;
-  }
-  static std::mutex& mutex() {
-    static auto* const m = new std::mutex;
-    return *m;
   }
 
   static void* map(size_t bytes, size_t* size) {
