@@ -506,7 +506,7 @@ FASTLM_INLINE Reduced reduce(Vec<float> x) {
   return {exp_rest(x, biased - magic), bits_of<Vec<float>>(bits_of<Words>(biased) << 23)};
 }
 
-// For x <= 0, or a rounding error above, as a softmax takes it: without the checks of exp. 0 from about -88 on;
+// For x up to 88, as a softmax takes it, whose x are mostly below 0: without the checks of exp. 0 from about -88 on;
 // NaN stays NaN.
 FASTLM_INLINE Vec<float> exp_negative(Vec<float> x) {
   const auto [r, power] = reduce(max(splat(-88.0296919f), x));  // -127 log 2
