@@ -240,9 +240,9 @@ template <class S> void forward_block(const AttentionParams& p, const AttentionI
 
 // ---- few queries ----
 
-// dots[j] = q . (row j of K) for one vector's worth of keys.
+// dots[x] = q . (row x of K) for one vector's worth of keys.
 template <class S>
-FASTLM_INLINE Vec<compute_t<S>> dot_rows(const compute_t<S>* q, const S* const* rows, int64_t D) {
+FASTLM_INLINE void dot_rows(const compute_t<S>* q, const S* const* rows, int64_t D, compute_t<S>* dots) {
   using T = compute_t<S>;
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kL];
@@ -259,21 +259,17 @@ FASTLM_INLINE Vec<compute_t<S>> dot_rows(const compute_t<S>* q, const S* const* 
 #pragma GCC unroll 16
     for (int x = 0; x < kL; ++x) sum[x] = fma(load<T>(rows[x] + d, D - d), qd, sum[x]);
   }
-  Vec<T> dots;
-#pragma GCC unroll 16
-  for (int x = 0; x < kL; ++x) dots[x] = reduce_add(sum[x]);
-  return dots;
+  reduce_add_each(sum, dots);
 }
 
-// o[d] = o[d] * alpha + sum_j w[j] * (row j of V)[d], over kV vectors at a time.
+// o[d] += sum_j w[j] * (row j of V)[d], over kV vectors at a time.
 template <class S, int kV>
-FASTLM_INLINE void add_rows(const compute_t<S>* w, const S* const* rows, int64_t n, int64_t at,
-                            compute_t<S> alpha, compute_t<S>* o) {
+FASTLM_INLINE void add_rows(const compute_t<S>* w, const S* const* rows, int64_t n, int64_t at, compute_t<S>* o) {
   using T = compute_t<S>;
   constexpr int kL = kLanes<T>;
   Vec<T> sum[kV];
 #pragma GCC unroll 8
-  for (int v = 0; v < kV; ++v) sum[v] = load(o + at + v * kL) * splat(alpha);
+  for (int v = 0; v < kV; ++v) sum[v] = load(o + at + v * kL);
   for (int64_t j = 0; j < n; ++j) {
     const Vec<T> wj = splat(w[j]);
 #pragma GCC unroll 8
@@ -284,16 +280,17 @@ FASTLM_INLINE void add_rows(const compute_t<S>* w, const S* const* rows, int64_t
 }
 
 template <class S>
-void add_weighted_rows(const compute_t<S>* w, const S* const* rows, int64_t n, int64_t D,
-                       compute_t<S> alpha, compute_t<S>* o) {
+FASTLM_INLINE void add_weighted_rows(const compute_t<S>* w, const S* const* rows, int64_t n, int64_t D,
+                                     compute_t<S>* o) {
   using T = compute_t<S>;
   constexpr int kL = kLanes<T>;
   int64_t d = 0;
-  for (; d + 8 * kL <= D; d += 8 * kL) add_rows<S, 8>(w, rows, n, d, alpha, o);
-  for (; d + 2 * kL <= D; d += 2 * kL) add_rows<S, 2>(w, rows, n, d, alpha, o);
-  for (; d + kL <= D; d += kL) add_rows<S, 1>(w, rows, n, d, alpha, o);
+  for (; d + 8 * kL <= D; d += 8 * kL) add_rows<S, 8>(w, rows, n, d, o);
+  for (; d + 4 * kL <= D; d += 4 * kL) add_rows<S, 4>(w, rows, n, d, o);
+  for (; d + 2 * kL <= D; d += 2 * kL) add_rows<S, 2>(w, rows, n, d, o);
+  for (; d + kL <= D; d += kL) add_rows<S, 1>(w, rows, n, d, o);
   if (d < D) {
-    Vec<T> sum = load(o + d, D - d) * splat(alpha);
+    Vec<T> sum = load(o + d, D - d);
     for (int64_t j = 0; j < n; ++j) sum = fma(splat(w[j]), load<T>(rows[j] + d, D - d), sum);
     store(o + d, sum, D - d);
   }
@@ -333,6 +330,13 @@ template <class T> bool any_order(const RowBlock<T>& rows, int64_t begin, int64_
   return true;
 }
 
+// Asks for n rows that are next in turn, into the second-level cache, which waits for more lines of memory at the same
+// time than the first.
+template <class S> FASTLM_INLINE void fetch_rows(const S* const* rows, int64_t n, int64_t D) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(S))) __builtin_prefetch(rows[j] + d, 0, 2);
+}
+
 template <class S> void forward_few(const AttentionParams& p, const AttentionItem& item) {
   using T = compute_t<S>;
   using V = Vec<T>;
@@ -364,16 +368,24 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
   // places of memory at the same time sooner than one (see few_tokens.h).
   const int64_t part = any_order(rows, begin, end) ? (end - begin) / 4 : 0;
   const auto place = [&](int64_t x) { return begin + (x < 4 * part ? x % 4 * part + x / 4 : x); };
+  // The rows of a block of K or V, in whole vectors: behind the end the last one again.
+  struct Block { const S* row[kKeyBlock]; };
+  const auto block = [&](const KeySource<S>& from, int64_t j0) {
+    Block x;
+    const int64_t n = least(kKeyBlock, round_up<int64_t>(end - j0, kL));
+    for (int64_t j = 0; j < n; ++j) x.row[j] = from.row(place(least(j0 + j, end - 1) - begin));
+    return x;
+  };
+  Block k = block(key, begin);
   for (int64_t j0 = begin; j0 < end; j0 += kKeyBlock) {
     const int64_t n = least(kKeyBlock, end - j0);
-    const S *k[kKeyBlock], *v[kKeyBlock];
-    for (int64_t j = 0; j < n; ++j) {
-      k[j] = key.row(place(j0 - begin + j));
-      v[j] = value.row(place(j0 - begin + j));
-    }
-    for (int64_t j = n; j < round_up<int64_t>(n, kL); ++j) k[j] = k[n - 1];
+    const Block v = block(value, j0), next = block(key, j0 + kKeyBlock);
     for (int64_t r = 0; r < rows.n; ++r) {
-      for (int64_t j = 0; j < n; j += kL) store(s + j, dot_rows<S>(q + r * p.D, k + j, p.D));
+      T* const o = out + r * p.Dv;
+      for (int64_t j = 0; j < n; j += kL) {
+        if (r == 0) fetch_rows(v.row + j, kL, p.Dv);
+        dot_rows<S>(q + r * p.D, k.row + j, p.D, s + j);
+      }
       finish_row_scores<S>(p, rows, r, j0, n, s, mask);
       V top = load(s), sum{};
       for (int64_t j = kL; j < n; j += kL) top = max(top, load(s + j));
@@ -387,8 +399,13 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
       }
       const T alpha = exp_scalar((old - shift) * unit);
       l[r] = l[r] * alpha + reduce_add(sum);
-      add_weighted_rows<S>(s, v, n, p.Dv, alpha, out + r * p.Dv);
+      for (int64_t d = 0; d < p.Dv; ++d) o[d] *= alpha;
+      for (int64_t j = 0; j < n; j += kL) {
+        if (r == 0 && j0 + kKeyBlock + j < end) fetch_rows(next.row + j, kL, p.D);
+        add_weighted_rows<S>(s + j, v.row + j, least<int64_t>(kL, n - j), p.Dv, o);
+      }
     }
+    k = next;
   }
 
   const RowSink<S> to{p, item, rows};

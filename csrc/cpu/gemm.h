@@ -121,31 +121,14 @@ inline void matmul(int64_t M, int64_t N, int64_t K, const typename Mul::elem* a,
 
 // ---- packing ----
 
-using Quad = VectorOf<uint32_t, 16>::type;
-
 // dst[j * ldd + i] = src[i * lds + j] for a 4x4 block of 32-bit elements.
 FASTLM_INLINE void transpose_quad(const void* src, int64_t lds, void* dst, int64_t ldd) {
-  const char* s = static_cast<const char*>(src);
-  char* d = static_cast<char*>(dst);
-  Quad r0, r1, r2, r3;
-  __builtin_memcpy(&r0, s, 16);
-  __builtin_memcpy(&r1, s + 4 * lds, 16);
-  __builtin_memcpy(&r2, s + 8 * lds, 16);
-  __builtin_memcpy(&r3, s + 12 * lds, 16);
-#if defined(__clang__)
-#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Quad{i, j, k, l})
-#endif
-  const Quad t0 = FASTLM_SHUFFLE(r0, r1, 0, 4, 1, 5), t1 = FASTLM_SHUFFLE(r2, r3, 0, 4, 1, 5);
-  const Quad t2 = FASTLM_SHUFFLE(r0, r1, 2, 6, 3, 7), t3 = FASTLM_SHUFFLE(r2, r3, 2, 6, 3, 7);
-  const Quad c0 = FASTLM_SHUFFLE(t0, t1, 0, 1, 4, 5), c1 = FASTLM_SHUFFLE(t0, t1, 2, 3, 6, 7);
-  const Quad c2 = FASTLM_SHUFFLE(t2, t3, 0, 1, 4, 5), c3 = FASTLM_SHUFFLE(t2, t3, 2, 3, 6, 7);
-#undef FASTLM_SHUFFLE
-  __builtin_memcpy(d, &c0, 16);
-  __builtin_memcpy(d + 4 * ldd, &c1, 16);
-  __builtin_memcpy(d + 8 * ldd, &c2, 16);
-  __builtin_memcpy(d + 12 * ldd, &c3, 16);
+  Quad r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], static_cast<const char*>(src) + 4 * i * lds, 16);
+  transpose_quad(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(static_cast<char*>(dst) + 4 * i * ldd, &r[i], 16);
 }
 
 // dst[c * ldd + r] = src[r * lds + c], R rows of C columns, equal element types.

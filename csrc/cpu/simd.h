@@ -415,23 +415,60 @@ FASTLM_INLINE Words store_pair(bf16* even_row, bf16* odd_row, Vec<float> even, V
 
 // ---- reductions over lanes, in a fixed order (halves folded onto halves) ----
 
-// In vectors down to 16 bytes: a loop over lanes in memory stays a loop where lanes are 16.
-template <class T, class V, class Op> FASTLM_INLINE T fold(V v, Op op) {
+// Down to 16 bytes in vectors: a loop over lanes in memory stays a loop where lanes are 16.
+template <class T, class V, class Op> FASTLM_INLINE auto fold_to_16_bytes(V v, Op op) {
   if constexpr (sizeof(V) > 16) {
     typename VectorOf<T, sizeof(V) / 2>::type half[2];
     __builtin_memcpy(half, &v, sizeof v);
-    return fold<T>(op(half[0], half[1]), op);
-  } else if constexpr (sizeof(T) == 4) {
-    return op(op(T(v[0]), T(v[2])), op(T(v[1]), T(v[3])));
+    return fold_to_16_bytes<T>(op(half[0], half[1]), op);
   } else {
-    return op(T(v[0]), T(v[1]));
+    return v;
   }
+}
+template <class T, class V, class Op> FASTLM_INLINE T fold(V v, Op op) {
+  const auto x = fold_to_16_bytes<T>(v, op);
+  if constexpr (sizeof(T) == 4) return op(op(T(x[0]), T(x[2])), op(T(x[1]), T(x[3])));
+  else return op(T(x[0]), T(x[1]));
 }
 template <class V> FASTLM_INLINE element_t<V> reduce_add(V v) {
   return fold<element_t<V>>(v, [](auto a, auto b) { return a + b; });
 }
 template <class V> FASTLM_INLINE element_t<V> reduce_max(V v) {
   return fold<element_t<V>>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+using Quad = VectorOf<uint32_t, 16>::type;
+
+// Four rows of four lanes become their columns.
+FASTLM_INLINE void transpose_quad(Quad (&r)[4]) {
+#if defined(__clang__)
+#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define FASTLM_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Quad{i, j, k, l})
+#endif
+  const Quad t0 = FASTLM_SHUFFLE(r[0], r[1], 0, 4, 1, 5), t1 = FASTLM_SHUFFLE(r[2], r[3], 0, 4, 1, 5);
+  const Quad t2 = FASTLM_SHUFFLE(r[0], r[1], 2, 6, 3, 7), t3 = FASTLM_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  r[0] = FASTLM_SHUFFLE(t0, t1, 0, 1, 4, 5), r[1] = FASTLM_SHUFFLE(t0, t1, 2, 3, 6, 7);
+  r[2] = FASTLM_SHUFFLE(t2, t3, 0, 1, 4, 5), r[3] = FASTLM_SHUFFLE(t2, t3, 2, 3, 6, 7);
+#undef FASTLM_SHUFFLE
+}
+
+// sums[i] = reduce_add(v[i]) for a vector's worth of vectors, four at once where lanes are floats.
+FASTLM_INLINE void reduce_add_each(const Vec<float>* v, float* sums) {
+  using V = VectorOf<float, 16>::type;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<float>; i += 4) {
+    Quad x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      x[j] = bits_of<Quad>(fold_to_16_bytes<float>(v[i + j], [](auto a, auto b) { return a + b; }));
+    transpose_quad(x);
+    const V sum = (bits_of<V>(x[0]) + bits_of<V>(x[2])) + (bits_of<V>(x[1]) + bits_of<V>(x[3]));
+    __builtin_memcpy(sums + i, &sum, sizeof sum);
+  }
+}
+FASTLM_INLINE void reduce_add_each(const Vec<double>* v, double* sums) {
+  for (int i = 0; i < kLanes<double>; ++i) sums[i] = reduce_add(v[i]);
 }
 
 // ---- transcendental functions ----
