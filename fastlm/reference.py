@@ -185,7 +185,9 @@ def varlen_attn(
     N, Hq = len(q_ends) - 1, query.size(1)
     k_ends = cu_seq_k.tolist() if cu_seq_k is not None else None
     out = query.new_zeros(*query.shape[:-1], value.size(-1))
-    lse = torch.full((Hq, query.size(0)), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_full(
+        (Hq, query.size(0)), -math.inf, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
     # Tokens before the first sequence and behind the last belong to none; the empty sum keeps the
     # result a function of the inputs where there is no sequence at all.
     nothing = (query[:0].sum() + key[:0].sum() + value[:0].sum()).to(lse.dtype)

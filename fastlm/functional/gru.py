@@ -104,15 +104,15 @@ def _check_batch_sizes(batch_sizes: Tensor, data: Tensor, B: int) -> None:
 
 
 def _run_gru(function, stack, tensors, arguments):
-    """Calls stack(layer, *arguments) with tensors cast as autocast wants it: states keep the dtype that
-    promotion gives them, as in torch.nn.GRU."""
+    """Calls stack(layer, *arguments) with tensors cast as autocast wants it. As in torch.nn.GRU: a GPU's
+    autocast casts the states too, on a CPU they keep the dtype that promotion gives them."""
     input, hx = tensors
     backend = choose_backend(function, input)
     layer = reference.gru_layer if backend == "eager" else partial(ops_gru.gru_layer, backend)
     dtype = _autocast(input)
     if dtype is None:
         return stack(layer, *arguments)
-    result = torch.promote_types(hx.dtype, dtype)
+    result = torch.promote_types(hx.dtype, dtype) if input.device.type == "cpu" else dtype
 
     def cast(x):
         if isinstance(x, Tensor):

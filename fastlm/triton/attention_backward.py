@@ -204,8 +204,12 @@ def add_keys(
     else:
         dq = dot(narrow(dqk, k.dtype), k, dq, PRECISION)
     if SUMS == 1:
-        distance = tl.abs(i[:, None] + (nk - nq) - j[None, :]).to(tl.float32)
-        sums -= tl.sum(ds * distance, 1)
+        # From the nearest key that the band shows: a row's dS cancel, and rounding of them times what all
+        # distances have in common would remain.
+        distance = tl.abs(i[:, None] + (nk - nq) - j[None, :])
+        if UPPER:
+            distance -= tl.maximum(nk - nq - upper, 0)
+        sums -= tl.sum(ds * distance.to(tl.float32), 1)
     return dq, sums
 
 
