@@ -431,3 +431,30 @@ def test_operators_guard_memory():
         op(q, k, v, torch.zeros(1, 1, 5, 6), *options[1:])
     with pytest.raises(RuntimeError, match="attention_forward: dropout needs a seed"):
         op(q, k, v, *options[:4], 0.5, *options[5:])
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("wanted", ((0, 1, 2), (1,), (0, 2)), ids=str)
+def test_second_derivatives_of_some_inputs(is_causal, wanted):
+    inputs = list(torch.randn(3, 1, 1, 3, 4, dtype=torch.float64).unbind())
+
+    def attention(*given):
+        for i, x in zip(wanted, given, strict=True):
+            inputs[i] = x
+        return fastlm.scaled_dot_product_attention(*inputs, is_causal=is_causal)
+
+    given = [inputs[i].clone().requires_grad_() for i in wanted]
+    assert torch.autograd.gradcheck(attention, given, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(attention, given)
+    x = given[0]  # at each place the same
+    assert torch.autograd.gradgradcheck(lambda x: fastlm.scaled_dot_product_attention(x, x, x), x)
+
+
+def test_changed_before_its_backward_is_an_error():
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 8, 16).unbind())
+    used = q * 1
+    out = fastlm.scaled_dot_product_attention(used, k, v)
+    used.mul_(2)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out.sum(), q, create_graph=create_graph, retain_graph=True)

@@ -1,7 +1,5 @@
 """Calls so small that plain PyTorch is faster than a kernel's operator: who serves them, and what of."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,6 @@ def served(monkeypatch):
         monkeypatch.setattr(torch._C._nn, name, call)
 
     record("cross_entropy_loss")
-    record("scaled_dot_product_attention")
     return calls
 
 
@@ -54,63 +51,6 @@ def test_cross_entropy_has_second_derivatives(served):
     x, y = logits(3, 5, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda x: fastlm.cross_entropy(x, y), x)
     assert "cross_entropy_loss" in served
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("is_causal", (False, True))
-def test_attention_without_gradients_is_eagers_to_the_bit(served, dtype, is_causal):
-    q, k, v = torch.randn(3, 1, 2, 8, 16, dtype=dtype)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    assert torch.equal(fastlm.scaled_dot_product_attention(q, k, v, is_causal=is_causal), expected)
-    assert served == ["scaled_dot_product_attention"]
-
-
-def _gradients(function, inputs, upstream, **options):
-    return torch.autograd.grad(function(*inputs), inputs, upstream, **options)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("is_causal", (False, True))
-def test_attentions_gradients_are_eagers_to_the_bit(served, dtype, is_causal):
-    *inputs, upstream = torch.randn(4, 1, 2, 8, 16, dtype=dtype).unbind()
-    for x in inputs:
-        x.requires_grad_()
-    ours, theirs = (
-        _gradients(partial(f, is_causal=is_causal), inputs, upstream)
-        for f in (fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention)
-    )
-    assert served == ["scaled_dot_product_attention"]
-    for ours_, theirs_ in zip(ours, theirs, strict=True):
-        assert torch.equal(ours_, theirs_)
-
-
-@pytest.mark.parametrize("is_causal", (False, True))
-@pytest.mark.parametrize("wanted", ((0, 1, 2), (1,), (0, 2)), ids=str)
-def test_attention_has_second_derivatives(served, is_causal, wanted):
-    inputs = list(torch.randn(3, 1, 1, 3, 4, dtype=torch.float64).unbind())
-
-    def attention(*given):
-        for i, x in zip(wanted, given, strict=True):
-            inputs[i] = x
-        return fastlm.scaled_dot_product_attention(*inputs, is_causal=is_causal)
-
-    given = [inputs[i].clone().requires_grad_() for i in wanted]
-    assert torch.autograd.gradcheck(attention, given, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(attention, given)
-    assert "scaled_dot_product_attention" in served
-    x = given[0]  # at each place the same
-    assert torch.autograd.gradgradcheck(lambda x: fastlm.scaled_dot_product_attention(x, x, x), x)
-
-
-def test_attention_changed_before_its_backward_is_an_error(served):
-    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 8, 16).unbind())
-    used = q * 1
-    out = fastlm.scaled_dot_product_attention(used, k, v)
-    assert served
-    used.mul_(2)
-    for create_graph in (False, True):
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(out.sum(), q, create_graph=create_graph, retain_graph=True)
 
 
 def cell(B=2, H=8, **options):
@@ -146,21 +86,13 @@ def test_kernels_serve_what_is_larger_and_what_eager_lacks(served):
     fastlm.cross_entropy(x, y, z_loss=1e-4)
     fastlm.cross_entropy(x, y, softcap=30.0)
     fastlm.cross_entropy(x, y, return_lse=True)
-    q = torch.randn(1, 2, 2048, 16)
-    fastlm.scaled_dot_product_attention(q, q, q)
-    q = torch.randn(1, 2, 8, 16)
-    fastlm.scaled_dot_product_attention(q, q, q, softcap=30.0)
-    fastlm.scaled_dot_product_attention(q, q, q, window_size=(2, 0))
-    fastlm.scaled_dot_product_attention(q, q, q, return_lse=True)
     assert not served
 
 
 def test_a_forced_backend_serves_tiny_calls(served):
     x, y = logits(4, 8)
-    q = torch.randn(1, 2, 8, 16)
     with fastlm.use_backend("cpu"):
         fastlm.cross_entropy(x, y)
-        fastlm.scaled_dot_product_attention(q, q, q)
     assert not served
 
 

@@ -18,7 +18,7 @@ from fastlm.functional.arguments import (
 from fastlm.ops import (
     KERNEL_DTYPES,
     autocast_is_on,
-    is_tiny,
+    autocast_is_on_somewhere,
     transforms_are_off,
     under_transform,
 )
@@ -41,50 +41,35 @@ def _check_window(name: str, window_size) -> tuple[int, int]:
     return min(left, reference.WIDEST), min(right, reference.WIDEST)
 
 
-def _check_scale(name: str, scale: float | None, D: int) -> float:
+def _check_scale(name: str, scale: float | None, query: Tensor) -> float:
     if scale is None:
-        return D**-0.5 if D > 0 else 1.0
+        return ops_attention.default_scale(query)
     check_number(name, "scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale is {scale}, expected a finite number")
     return float(scale)
 
 
-def _tiny(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
-    """What plain PyTorch gives for a call without options, where it is faster."""
+def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor | None:
+    """The result of a call without options on tensors as they mostly come, by the shortest way; None for any
+    other, which the caller's checks are for."""
     if (
-        not is_tiny("scaled_dot_product_attention", query)
-        or query.dtype not in KERNEL_DTYPES
+        type(is_causal) is not bool
+        or torch.compiler.is_compiling()
+        or autocast_is_on_somewhere()
         or not transforms_are_off()
+        or not _is_usual(query, key, value, enable_gqa)
     ):
         return None
-    try:
-        # PyTorch's checks let a value pass that has fewer rows than key, and it reads behind them.
-        if not query.shape == key.shape == value.shape:
-            return None
-        # Where elements of a query share their place, as in rows from unfold, it reads what was never written.
-        if not (query.is_contiguous() or _disjoint(query)):
-            return None
-        out = torch._C._nn.scaled_dot_product_attention(query, key, value, None, 0.0, is_causal)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None  # arguments that don't fit: the caller's checks say so
-    return ops_attention.twice_differentiable(out, query, key, value, is_causal) if out.requires_grad else out
-
-
-def _disjoint(x: Tensor) -> bool:
-    """Whether all elements have places of their own."""
-    end = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride < end:
-                return False
-            end += stride * (size - 1)
-    return True
+    backend = ops_attention.choose("scaled_dot_product_attention", query, value)
+    if backend == "eager":
+        return None
+    return ops_attention.plain_attention(backend, query, key, value, is_causal)
 
 
 def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether these are dense (B, H, T, D) on the CPU that fit, as they mostly come: a quarter of the time
-    that the checks below take, which any others go through."""
+    """Whether these are dense (B, H, T, D) that fit, as they mostly come: a quarter of the time that the checks
+    below take, which any others go through."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
     if query.is_nested or key.is_nested or value.is_nested:
@@ -96,9 +81,7 @@ def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bo
         and dtype in KERNEL_DTYPES
         and key.dtype is dtype
         and value.dtype is dtype
-        and query.is_cpu
-        and key.is_cpu
-        and value.is_cpu
+        and (key.is_cpu and value.is_cpu if query.is_cpu else query.device == key.device == value.device)
         and query.layout is key.layout is value.layout is torch.strided
     )
 
@@ -295,9 +278,6 @@ def scaled_dot_product_attention(
         ValueError: shapes, devices or layouts that don't fit, options out of range.
         TypeError: an unsupported or unequal dtype. Either is a RuntimeError too, as from PyTorch's function.
 
-    A tiny call on the CPU (see :data:`fastlm.ops.TINY`) with nothing but defaults and `is_causal` is PyTorch's
-    own.
-
     Gradients are deterministic. Second derivatives, forward-mode AD and :mod:`torch.func` transforms go
     through :func:`fastlm.reference.scaled_dot_product_attention`.
 
@@ -308,12 +288,13 @@ def scaled_dot_product_attention(
         and type(softcap) is float
         and type(dropout_p) in (float, int)
         and dropout_p == softcap == 0
-        and enable_gqa is return_lse is False
+        and type(enable_gqa) is bool
+        and return_lse is False
         and window_size == (-1, -1)
         and not has_torch_function_variadic(query, key, value)
-        and (tiny := _tiny(query, key, value, is_causal)) is not None
+        and (out := _plain(query, key, value, is_causal, enable_gqa)) is not None
     ):
-        return tiny
+        return out
     if attn_mask is not None and reference.is_causal_bias(attn_mask):
         if is_causal:
             raise _attention_error("a CausalBias as attn_mask cannot be combined with is_causal=True")
@@ -352,7 +333,7 @@ def scaled_dot_product_attention(
         window_size = _check_window(name, window_size)
     if not 0.0 <= softcap < math.inf:
         raise _attention_error(f"softcap is {softcap}, expected a finite number >= 0")
-    scale = _check_scale(name, scale, query.shape[-1])
+    scale = _check_scale(name, scale, query)
     if usual and attn_mask is None:
         q, k, v, mask, shape = query, key, value, None, None
     else:
@@ -531,7 +512,7 @@ def varlen_attn(
     if return_aux is not None and not hasattr(return_aux, "lse"):
         raise TypeError(f"fastlm.varlen_attn: return_aux is {return_aux!r}, expected an AuxRequest or None")
     window_size = _check_window("fastlm.varlen_attn", window_size)
-    scale = _check_scale("fastlm.varlen_attn", scale, query.size(-1))
+    scale = _check_scale("fastlm.varlen_attn", scale, query)
     transformed = under_transform(query, key, value)
     backend = "eager" if transformed else ops_attention.choose("varlen_attn", query, value)
     if backend == "eager":

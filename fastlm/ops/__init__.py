@@ -16,10 +16,10 @@ from fastlm import _C, cuda, triton
 
 KERNEL_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
-# Function -> the size (elements of query, logits, states) up to which a call on the CPU is tiny. A library's
+# Function -> the size (elements of logits, states) up to which a call on the CPU is tiny. A library's
 # operator takes some 5 us to reach its kernel, through Python and the dispatcher, and plain PyTorch has
 # answered by then. It serves tiny calls that ask for nothing but what it does too.
-TINY = {"scaled_dot_product_attention": 1 << 11, "cross_entropy": 1 << 13, "gru_cell": 1 << 8}
+TINY = {"cross_entropy": 1 << 13, "gru_cell": 1 << 8}
 
 # ---- families of kernels -------------------------------------------------------------------
 # A family is a module that offers
@@ -156,7 +156,7 @@ def choose_backend(
     """
     if _forced is None:
         if unsupported is None and tensor.dtype in KERNEL_DTYPES:
-            native = _native.get(tensor.device.type)
+            native = _native.get("cpu" if tensor.is_cpu else tensor.device.type)  # a device's type takes 2 us
             if type(native) is str:
                 return native
             operator = OPERATORS[function][1 if backward else 0]  # torch.compile of 2.11 knows no bool there
@@ -263,6 +263,9 @@ for _name in FAMILIES:
 _AUTOCAST = frozenset(
     filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu"))
 )
+
+
+autocast_is_on_somewhere = torch._C._is_any_autocast_enabled
 
 
 def autocast_is_on(device: torch.device) -> bool:

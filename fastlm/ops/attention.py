@@ -6,8 +6,6 @@ attn_mask (B or 1, Hq or 1, Tq or 1, Tk or 1), alibi_slopes (B, Hq) and sinks (H
 Packed sequences: query (T, Hq, D), lse (Hq, T).
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -30,9 +28,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def default_scale(query: Tensor) -> float:
+    D = query.shape[-1]
+    return D**-0.5 if D > 0 else 1.0
+
+
 def choose(function: str, query: Tensor, value: Tensor, *, backward: bool = False) -> str:
     """The backend; kernels may have a largest head size, of query and key or of value."""
-    widest = query if query.size(-1) >= value.size(-1) else value
+    widest = query if query.shape[-1] >= value.shape[-1] else value
     return choose_backend(function, widest, backward=backward)
 
 
@@ -84,15 +87,21 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dout, dlse):
-    query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse = ctx.saved_tensors
-    dropout_p, is_causal, left, right, scale, softcap = ctx.options
     needs = ctx.needs_input_grad
     nones = (None,) * 7  # seed and the options
     if dout is None and dlse is None:
         return (None,) * 6 + nones
+    grads = _input_gradients(ctx.saved_tensors, ctx.options, needs[:6], dout, dlse)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
+
+
+def _input_gradients(saved, options, needs, dout, dlse):
+    """Those of query, key, value, attn_mask, alibi_slopes and sinks, and perhaps some that aren't needed."""
+    query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse = saved
     backend = choose("scaled_dot_product_attention", query, value, backward=True)
     # create_graph=True asks for gradients that can be differentiated again.
     if torch.is_grad_enabled() or batched(dout, dlse) or backend == "eager":
+        dropout_p, is_causal, left, right, scale, softcap = options
 
         def formula(query, key, value, attn_mask, alibi_slopes, sinks):
             return reference.scaled_dot_product_attention(
@@ -101,16 +110,13 @@ def _gradients(ctx, dout, dlse):
                 return_lse=True, seed=seed,
             )  # fmt: skip
 
-        inputs = (query, key, value, attn_mask, alibi_slopes, sinks)
-        return reference_backward(formula, inputs, needs[:6], (dout, dlse)) + nones
+        return reference_backward(formula, saved[:6], needs, (dout, dlse))
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dmask, dslopes, dsinks = kernel(backend, "attention_backward")(
-        dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, *ctx.options,
-        needs[3], needs[4],
-    )  # fmt: skip
-    grads = (dq, dk, dv, dmask.to(attn_mask.dtype) if needs[3] else None, dslopes, dsinks)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
+        dout, dlse, *saved[:3], out, lse, *saved[3:7], *options, needs[3], needs[4]
+    )
+    return dq, dk, dv, dmask.to(attn_mask.dtype) if needs[3] else None, dslopes, dsinks
 
 
 def _varlen_save(ctx, inputs, output):
@@ -166,6 +172,28 @@ class _Attention(torch.autograd.Function):
         return _gradients(ctx, dout, dlse)[:9]
 
 
+class _PlainAttention(torch.autograd.Function):
+    """Of a call without mask, slopes, sinks and dropout: less to keep and to give back."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, op, inputs):
+        with _below_autograd():
+            out, lse = op(*inputs)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = inputs[7:]
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        if dout is None:
+            return (None,) * 5
+        query, key, value, out, lse = ctx.saved_tensors
+        saved = query, key, value, None, None, None, None, out, lse
+        needs = *ctx.needs_input_grad[:3], False, False, False
+        return *_input_gradients(saved, ctx.options, needs, dout, None)[:3], None, None
+
+
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, op, inputs, return_lse):
@@ -180,6 +208,7 @@ class _VarlenAttention(torch.autograd.Function):
 
 
 _attention, _varlen_attention = eager_call(_Attention), eager_call(_VarlenAttention)
+_plain_attention = eager_call(_PlainAttention)
 
 
 def _run(op, function, inputs, differentiable, return_lse):
@@ -200,25 +229,14 @@ def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor,
     return _run(kernel(backend, "attention_forward"), _attention, inputs, 6, return_lse)
 
 
-def twice_differentiable(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, is_causal: bool
-) -> Tensor | None:
-    """A result of PyTorch's fused attention, whose node has no second derivative, with a hook that gives these by
-    the formula where gradients are to be differentiated again; None for that of another of PyTorch's kernels,
-    which are slower than ours."""
-    node = out.grad_fn
-    if type(node).__name__ != "ScaledDotProductFlashAttentionForCpuBackward0":
-        return None
-
-    formula = partial(reference.scaled_dot_product_attention, is_causal=is_causal)
-
-    def hook(gradients, upstream):
-        if torch.is_grad_enabled():
-            needs = [g is not None for g in gradients]
-            return reference_backward(formula, (query, key, value), needs, upstream)
-
-    node.register_hook(hook)
-    return out
+def plain_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """out of a call without options."""
+    op = kernel(backend, "attention_forward")
+    inputs = query, key, value, None, None, None, None, 0.0, is_causal, -1, -1, default_scale(query), 0.0
+    if requires_grad(query, key, value):
+        return _plain_attention(query, key, value, op, inputs)
+    with _below_autograd():
+        return op(*inputs)[0]
 
 
 def varlen_attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
