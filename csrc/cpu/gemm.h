@@ -105,14 +105,26 @@ FASTLM_INLINE void column_of_tiles(int64_t M, int64_t K, const typename Mul::ele
   if (M - m >= 1) tile<Mul, 1, kVecs, kA, kUpdate>(K, rows_at(m), lda, b, ldb, c + m * ldc, ldc);
 }
 
+// Vectors in the first micro-tile of so many columns' vectors. Four are two and two: beside three, the sums of one
+// would be too few for their latency.
+FASTLM_INLINE constexpr int64_t first_vectors(int64_t vectors) {
+  return vectors == 4 ? 2 : least<int64_t>(vectors, kNV);
+}
+// f(vector, vectors) of each micro-tile between two vectors of columns.
+template <class Visit> FASTLM_INLINE void each_panel(int64_t first, int64_t last, const Visit& f) {
+  for (int64_t v = first, n; v < last; v += n) {
+    n = first_vectors(last - v);
+    f(v, n);
+  }
+}
+
 // C[M][N] (+)= A B for blocks in cache. N is a multiple of the lanes; M and K are any.
 template <class Mul, Layout kA, Update kUpdate>
 inline void matmul(int64_t M, int64_t N, int64_t K, const typename Mul::elem* a, int64_t lda,
                    const typename Mul::elem* b, int64_t ldb, typename Mul::acc* c, int64_t ldc) {
   constexpr int kL = kLanes<typename Mul::acc>;
   int64_t n = 0;
-  // Four vectors are two and two: beside three, the sums of one would be too few for their latency.
-  for (; N - n >= kNV * kL && N - n != 4 * kL; n += kNV * kL)
+  for (; first_vectors((N - n) / kL) == kNV; n += kNV * kL)
     column_of_tiles<Mul, kNV, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
   for (; N - n >= 2 * kL; n += 2 * kL)
     column_of_tiles<Mul, 2, kA, kUpdate>(M, K, a, lda, b + n, ldb, c + n, ldc);
@@ -202,6 +214,12 @@ inline void pack_rows(int64_t M, int64_t K, const S* src, int64_t am, int64_t ak
   for (int64_t m = 0; m < M; ++m) Pack<E>::along(K, src + m * am, ak, dst + m * ldd);
 }
 
+// The n elements at src into the cache. Rows of a matrix often lie a page apart, where the hardware sees no stream.
+template <class S> FASTLM_INLINE void prefetch(int64_t n, const S* src) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(src + i);
+}
+inline constexpr int64_t kAhead = 16;  // steps of k between a row's prefetch and its packing
+
 // The same where its rows lie side by side: as panels of kMR rows.
 template <class E, class S>
 inline void pack_row_panels(int64_t M, int64_t K, const S* src, int64_t ak, E* dst) {
@@ -213,6 +231,7 @@ inline void pack_row_panels(int64_t M, int64_t K, const S* src, int64_t ak, E* d
       const int64_t n = least(kRun, M - m0), k = w * Pack<E>::kPair;
       const S* from = src + m0 + k * ak;
       const E* row = run;
+      for (int64_t i = 0; i < Pack<E>::kPair; ++i) prefetch(n, from + (kAhead + i) * ak);
       if constexpr (__is_same(E, S)) row = from;
       else Pack<E>::across(n, from, 1, k + 1 < K ? ak : 0, run);
       E* to = dst + m0 * words + w * kMR;
@@ -237,6 +256,8 @@ inline void pack_panel(int64_t K, int64_t n, const S* src, int64_t bk, int64_t b
   }
   for (int64_t w = 0; w < words; ++w) {
     const int64_t k = w * kPair;
+    if (bn == 1)
+      for (int64_t i = 0; i < kPair; ++i) prefetch(n, src + (k + kAhead + i) * bk);
     Pack<E>::across(n, src + k * bk, bn, k + 1 < K ? bk : 0, panel + w * ldd);
   }
 }
@@ -254,6 +275,7 @@ template <class SA, class SB, class SC> struct Gemm {
   int64_t ldc;
   const compute_t<SC>* bias = nullptr;  // [N]
   bool accumulate = false;
+  int64_t shift = 0;  // row m of the product is row (m + shift) mod M of c
 };
 
 template <class A, class B> inline constexpr bool kSame = __is_same(A, B);
@@ -282,19 +304,21 @@ inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t 
   using Block = Blocking<SA, SB, SC>;
   using Mul = typename Block::Mul;
   using E = typename Mul::elem;
-  constexpr int64_t kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC, kWords = Block::kWords;
+  constexpr int64_t kL = kLanes<T>, kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC, kWords = Block::kWords;
   T* const acc = static_cast<T*>(thread_scratch(kScratchTile, Block::kMC * kNC * sizeof(T)));
   E* const packed_b = static_cast<E*>(
       thread_scratch(kScratchPack, (kWords * kNC + Block::kMC * kWords + kNR * kWords) * sizeof(E)));
   E* const packed_a = packed_b + kWords * kNC;
   E* const rows = packed_a + Block::kMC * kWords;
-  const int64_t panels = ceil_div(N, kNR);
+  const int64_t vectors = ceil_div<int64_t>(N, kL);
 
   for (int64_t k0 = 0; k0 < greatest<int64_t>(g.K, 1); k0 += kKC) {
     const int64_t K = least(kKC, g.K - k0), words = ceil_div<int64_t>(K, Pack<E>::kPair);
-    for (int64_t p = 0; p < panels; ++p)
-      pack_panel(K, least(kNR, N - p * kNR), g.b + k0 * g.bk + (n0 + p * kNR) * g.bn, g.bk, g.bn,
-                 packed_b + p * kWords * kNR, kNR, rows);
+    each_panel(0, vectors, [&](int64_t v, int64_t width) {
+      const int64_t n = v * kL, columns = width * kL;
+      pack_panel(K, least(columns, N - n), g.b + k0 * g.bk + (n0 + n) * g.bn, g.bk, g.bn, packed_b + n * kWords,
+                 columns, rows);
+    });
     const SA* block = g.a + m0 * g.am + k0 * g.ak;
     const E* a = packed_a;
     int64_t lda = kWords;
@@ -308,32 +332,39 @@ inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t 
     } else {
       pack_rows(M, K, block, g.am, g.ak, packed_a, lda);
     }
-    for (int64_t p = 0; p < panels; ++p) {
-      const E* panel = packed_b + p * kWords * kNR;
-      T* c = acc + p * kNR;
-      if (k0 == 0 && in_panels) matmul<Mul, kPanels, kOverwrite>(M, kNR, words, a, lda, panel, kNR, c, kNC);
-      else if (k0 == 0) matmul<Mul, kRowMajor, kOverwrite>(M, kNR, words, a, lda, panel, kNR, c, kNC);
-      else if (in_panels) matmul<Mul, kPanels, kAccumulate>(M, kNR, words, a, lda, panel, kNR, c, kNC);
-      else matmul<Mul, kRowMajor, kAccumulate>(M, kNR, words, a, lda, panel, kNR, c, kNC);
-    }
+    each_panel(0, vectors, [&](int64_t v, int64_t width) {
+      const int64_t n = v * kL, columns = width * kL;
+      const E* panel = packed_b + n * kWords;
+      T* c = acc + n;
+      if (k0 == 0 && in_panels) matmul<Mul, kPanels, kOverwrite>(M, columns, words, a, lda, panel, columns, c, kNC);
+      else if (k0 == 0) matmul<Mul, kRowMajor, kOverwrite>(M, columns, words, a, lda, panel, columns, c, kNC);
+      else if (in_panels) matmul<Mul, kPanels, kAccumulate>(M, columns, words, a, lda, panel, columns, c, kNC);
+      else matmul<Mul, kRowMajor, kAccumulate>(M, columns, words, a, lda, panel, columns, c, kNC);
+    });
   }
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; n += kLanes<T>) {
-      const int64_t w = least<int64_t>(kLanes<T>, N - n);
-      SC* out = g.c + (m0 + m) * g.ldc + n0 + n;
+  for (int64_t m = 0; m < M; ++m) {
+    SC* const row = g.c + (m0 + m + g.shift) % g.M * g.ldc + n0;
+    for (int64_t n = 0; n < N; n += kL) {
+      const int64_t w = least(kL, N - n);
       Vec<T> v = load(acc + m * kNC + n);
       if (g.bias) v += load(g.bias + n0 + n, w);
-      if (g.accumulate) v += load<T>(out, w);
-      if (w == kLanes<T>) store(out, v);
-      else store(out, v, w);
+      if (g.accumulate) v += load<T>(row + n, w);
+      if (w == kL) store(row + n, v);
+      else store(row + n, v, w);
     }
+  }
+}
+
+// n in as few parts of at most `most` as will do, as even as multiples of `unit` are.
+FASTLM_INLINE int64_t even_part(int64_t n, int64_t most, int64_t unit) {
+  return round_up(ceil_div(n, ceil_div(n, most)), unit);
 }
 
 template <class SA, class SB, class SC> inline void gemm(const Pool& pool, const Gemm<SA, SB, SC>& g) {
   using Block = Blocking<SA, SB, SC>;
   if (g.M <= 0 || g.N <= 0) return;
   // Smaller tiles where there are too few for the threads: how C is cut changes no sum.
-  int64_t M = Block::kMC, N = Block::kNC;
+  int64_t M = even_part(g.M, Block::kMC, kMR), N = even_part(g.N, Block::kNC, Block::kNR);
   const auto tiles = [&] { return ceil_div(g.M, M) * ceil_div(g.N, N); };
   const int64_t wanted = pool.threads > 1 ? 4 * pool.threads : 1;
   while (tiles() < wanted && (M > 8 * kMR || N > 2 * Block::kNR)) {

@@ -11,15 +11,15 @@
 
 namespace fastlm::FASTLM_ISA::gru {
 
-// Scratch of a backward call. Panels j hold 3 adjacent vectors of units.
+// Scratch of a backward call.
 template <class S> struct BackwardSpace {
   using F = compute_t<S>;
   using E = typename Factors<S>::E;
   using R = typename Factors<S>::R;
   Division division;
-  int64_t blocks, K, ldh, ldg;  // K: steps of a sum over 3H
+  int64_t vectors, K, ldh, ldg;  // of units; K: steps of a sum over 3H
   int64_t lddelta, input;       // input: offset of the gradient of x W in a row of deltas
-  E* weights;        // [D][blocks][K][3][lanes], k in the order n, r, z
+  E* weights;        // [D][vectors K lanes] in panels, k in the order n, r, z
   F* carry;          // [D][B][ldh] gradient of the state, from the steps after
   R* step;           // [D][2][B][ldg] (dq, dr, dz) of a step
   S* deltas;         // [D][N][lddelta]
@@ -33,16 +33,16 @@ template <class S> struct BackwardSpace {
   BackwardSpace(const GruParams& p, const GruGradients& g, Arena& arena) {
     const int64_t H = p.H;
     const bool norm = p.weights[0].g_hh;
-    blocks = ceil_div<int64_t>(H, kPanel<F>);
+    vectors = ceil_div<int64_t>(H, kLanes<F>);
     K = Factors<S>::steps(p, 3 * H);
     ldh = padded<F>(H);
     ldg = padded<F>(3 * H);
     input = norm ? 3 * H : H;
     lddelta = input + 3 * H;
-    division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
+    division = divide(p, vectors, vectors * K * kLanes<F> * int64_t(sizeof(E)));
     // Batches of one size in the compute type: the state before is the output, one step away.
     const bool shifted = sizeof(S) == sizeof(F) && p.N == p.T * p.B;
-    weights = arena.take<E>(p.D * blocks * K * kPanel<F>);
+    weights = arena.take<E>(p.D * vectors * K * kLanes<F>);
     carry = arena.take<F>(p.D * p.B * ldh);
     step = arena.take<R>(p.D * 2 * p.B * ldg);
     deltas = arena.take<S>(p.D * p.N * lddelta);
@@ -54,6 +54,9 @@ template <class S> struct BackwardSpace {
     bounds = arena.take<int64_t>(division.tiles + 1);
     counters = arena.take<Counter>(p.D * division.tiles * (division.parts + 1));
   }
+
+  // The vector of units with which a part begins, or the parts end.
+  int64_t begin(int64_t part) const { return vectors * part / division.parts; }
 };
 
 template <class S> int64_t backward_workspace(const GruParams& p, const GruGradients& g) {
@@ -63,18 +66,20 @@ template <class S> int64_t backward_workspace(const GruParams& p, const GruGradi
 }
 
 // Row k of the packed weights is row (k + 2H) mod 3H of w: gate order n, r, z.
-template <class S, class E> void pack_units(const Pool& pool, int64_t H, const S* w, E* panels) {
-  constexpr int64_t kPair = Pack<E>::kPair;
-  const int64_t K = ceil_div(3 * H, kPair);
-  const auto row = [&](int64_t k) { return (k < H ? k + 2 * H : k - H) * H; };
-  parallel(pool, ceil_div(H, kPanel<E>), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      E* panel = panels + j * K * kPanel<E>;
-      const int64_t n = least(kPanel<E>, H - j * kPanel<E>);
-      if (n < kPanel<E>) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
-      for (int64_t k = 0; k < 3 * H; k += kPair)
-        Pack<E>::across(n, w + row(k) + j * kPanel<E>, 1, k + 1 < 3 * H ? row(k + 1) - row(k) : 0,
-                        panel + k / kPair * kPanel<E>);
+template <class S, class E> void pack_units(const GruParams& p, const BackwardSpace<S>& space, const S* w, E* panels) {
+  constexpr int64_t kPair = Pack<E>::kPair, kL = kLanes<E>;
+  const int64_t H = p.H, K = ceil_div(3 * H, kPair);
+  const auto row = [&](int64_t k) { return w + (k < H ? k + 2 * H : k - H) * H; };
+  parallel(p.pool, K, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t k = step * kPair, next = k + 1 < 3 * H ? row(k + 1) - row(k) : 0;
+      for (int64_t part = 0; part < space.division.parts; ++part)
+        each_panel(space.begin(part), space.begin(part + 1), [&](int64_t v, int64_t n) {
+          E* const to = panels + (v * K + step * n) * kL;
+          const int64_t units = least(n * kL, H - v * kL);
+          Pack<E>::across(units, row(k) + v * kL, 1, next, to);
+          for (int64_t i = units; i < n * kL; ++i) to[i] = E(0);
+        });
     }
   });
 }
@@ -85,20 +90,33 @@ template <class S, class A>
 void column_sums(const Pool& pool, int64_t rows, int64_t n, const A* a, int64_t lda,
                  const compute_t<S>* b, int64_t ldb, S* sums) {
   using F = compute_t<S>;
-  constexpr int64_t kRows = 64;
-  parallel(pool, ceil_div<int64_t>(n, kLanes<F>), 4, [&](int64_t begin, int64_t end) {
-    each_vector<F>(begin * kLanes<F>, least<int64_t>(end * kLanes<F>, n), [&](int64_t i, int64_t w) {
-      Vec<F> total{};
-      for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-        Vec<F> sum{};
-        for (int64_t r = r0; r < least(rows, r0 + kRows); ++r) {
-          const Vec<F> v = get<F>(a + r * lda + i, w);
-          sum = b ? fma(v, get<F>(b + r * ldb + i, w), sum) : sum + v;
+  constexpr int64_t kL = kLanes<F>, kRows = 64, kWide = 8;
+  // Of kV vectors of columns from i on, w lanes of the last: rows lie far apart, and of each as much is read at a time
+  // as there are registers for.
+  const auto strip = [&]<int kV>(int64_t i, int64_t w) FASTLM_INLINED {
+    Vec<F> total[kV] = {};
+    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+      Vec<F> sum[kV] = {};
+      for (int64_t r = r0; r < least(rows, r0 + kRows); ++r) {
+        prefetch(kV * kL, a + (r + kAhead) * lda + i);
+#pragma GCC unroll 8
+        for (int x = 0; x < kV; ++x) {
+          const int64_t at = i + x * kL;
+          const Vec<F> v = get<F>(a + r * lda + at, w);
+          sum[x] = b ? fma(v, get<F>(b + r * ldb + at, w), sum[x]) : sum[x] + v;
         }
-        total += sum;
       }
-      put<F>(sums + i, total, w);
-    });
+#pragma GCC unroll 8
+      for (int x = 0; x < kV; ++x) total[x] += sum[x];
+    }
+#pragma GCC unroll 8
+    for (int x = 0; x < kV; ++x) put<F>(sums + i + x * kL, total[x], w);
+  };
+  parallel(pool, ceil_div<int64_t>(n, kWide * kL), 1, [&](int64_t begin, int64_t end) {
+    int64_t i = begin * kWide * kL;
+    const int64_t last = least(n, end * kWide * kL);
+    for (; i + kWide * kL <= last; i += kWide * kL) strip.template operator()<kWide>(i, kL);
+    each_vector<F>(i, last, [&](int64_t j, int64_t w) { strip.template operator()<1>(j, w); });
   });
 }
 
@@ -114,7 +132,7 @@ template <class S> struct Backward {
   bool norm() const { return p.weights[0].g_hh; }
   // The time step that the direction d comes to as its s-th, from the last that it took.
   int64_t time(int64_t d, int64_t s) const { return d ? s : p.T - 1 - s; }
-  E* weights(int64_t d) const { return space.weights + d * space.blocks * space.K * kPanel<F>; }
+  E* weights(int64_t d) const { return space.weights + d * space.vectors * space.K * kL; }
   F* carry(int64_t d) const { return space.carry + d * p.B * space.ldh; }
   R* step_deltas(int64_t d, int64_t s) const {
     return space.step + (d * 2 + (s & 1)) * p.B * space.ldg;
@@ -148,7 +166,7 @@ FASTLM_INLINE const S* Backward<S>::previous_state(int64_t d, int64_t t, int64_t
 template <class S> void Backward<S>::prepare(int64_t d) const {
   const GruWeights& w = p.weights[d];
   const S* w_hh = static_cast<const S*>(w.w_hh);
-  Factors<S>::pack(p, weights(d), [&](auto* to) { pack_units(p.pool, p.H, w_hh, to); });
+  Factors<S>::pack(p, weights(d), [&](auto* to) { pack_units(p, space, w_hh, to); });
   // What may stand beside the last gradient in its pair.
   for (int64_t i = 0; i < 2 * p.B; ++i) step_deltas(d, 0)[i * space.ldg + 3 * p.H] = R{};
   for (int64_t b = 0; b < p.B; ++b)
@@ -163,30 +181,36 @@ template <class S> void Backward<S>::prepare(int64_t d) const {
 // carry += (dq, dr, dz) W_hh for the sequences of step s.
 template <class S>
 void Backward<S>::products(int64_t d, int64_t tile, int64_t part, int64_t s) const {
-  const int64_t b = space.bounds[tile], H = p.H, blocks = space.blocks, parts = space.division.parts;
+  const int64_t b = space.bounds[tile], H = p.H;
   const int64_t rows = least(space.bounds[tile + 1], active(p, time(d, s))) - b;
   if (rows <= 0) return;
   const R* a = step_deltas(d, s) + b * space.ldg;
-  const auto add = [&](int64_t j, const F* c) {
-    const int64_t i0 = j * kPanel<F>;
+  const auto add = [&](int64_t v, int64_t n, const F* c) {
+    const int64_t i0 = v * kL;
     for (int64_t m = 0; m < rows; ++m) {
       F* dh = carry(d) + (b + m) * space.ldh + i0;
-      each_vector<F>(0, least(kPanel<F>, H - i0), [&](int64_t i, int64_t w) {
+      each_vector<F>(0, least(n * kL, H - i0), [&](int64_t i, int64_t w) {
         put<F>(dh + i, get<F>(dh + i, w) + load(c + m * kPanel<F> + i), w);
       });
     }
   };
-  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
-  step_products<S>(p, rows, space.K, a, space.ldg, weights(d), first, last, add);
+  // What the gates of the step that comes next are made of lies in memory.
+  const int64_t next = s + 1 < p.T ? p.offsets[time(d, s + 1)] + b : -1;
+  const auto ahead = [&](int64_t v, int64_t n, int64_t m) {
+    if (next < 0) return;
+    const F* kept = static_cast<const F*>(p.gates) + (d * p.N + next + m) * 4 * H + v * kL;
+    for (int64_t k = 0; k < 4; ++k) prefetch(n * kL, kept + k * H);
+    if (g.dout) prefetch(n * kL, static_cast<const S*>(g.dout) + (next + m) * p.D * H + d * H + v * kL);
+  };
+  step_products<S>(p, rows, space.K, a, space.ldg, weights(d), space.begin(part), space.begin(part + 1), add, ahead);
 }
 
 // dh of step s is complete: the gradients of the gates, and what passes by them to the step before.
 template <class S>
 void Backward<S>::gates(int64_t d, int64_t tile, int64_t part, int64_t s) const {
-  const int64_t t = time(d, s), b0 = space.bounds[tile], H = p.H, parts = space.division.parts;
+  const int64_t t = time(d, s), b0 = space.bounds[tile], H = p.H;
   const int64_t end = least(space.bounds[tile + 1], active(p, t));
-  const int64_t first = least(H, space.blocks * part / parts * kPanel<F>);
-  const int64_t last = least(H, space.blocks * (part + 1) / parts * kPanel<F>);
+  const int64_t first = space.begin(part) * kL, last = least(H, space.begin(part + 1) * kL);
   const int64_t ldout = p.D * H;
   const bool zoneout = p.update || p.zoneout != 0;
   const Vec<F> one = splat(F(1));
@@ -253,10 +277,9 @@ FASTLM_INLINE void norm_means(int64_t n, const At& at, F& mean, F& slope) {
 // (dq, dr, dz) of step s back through the norm of h W, for the units of a part.
 template <class S>
 void Backward<S>::hidden_norm(int64_t d, int64_t tile, int64_t part, int64_t s) const {
-  const int64_t t = time(d, s), H = p.H, parts = space.division.parts;
+  const int64_t t = time(d, s), H = p.H;
   const int64_t end = least(space.bounds[tile + 1], active(p, t));
-  const int64_t first = least(H, space.blocks * part / parts * kPanel<F>);
-  const int64_t last = least(H, space.blocks * (part + 1) / parts * kPanel<F>);
+  const int64_t first = space.begin(part) * kL, last = least(H, space.begin(part + 1) * kL);
   for (int64_t b = space.bounds[tile]; b < end; ++b) {
     const int64_t row = p.offsets[t] + b;
     const F* dy = normed_deltas(d) + row * 4 * H;
@@ -319,7 +342,7 @@ void Backward<S>::bias_gradients(int64_t d, const A* y, int64_t ldy) const {
     if (to) column_sums<S>(p.pool, p.N, n, a, ldy, b, 6 * H, static_cast<S*>(to) + offset);
   };
   sums(3 * H, y + H, nullptr, w.db_ih, 0);
-  sums(2 * H, y + H, nullptr, w.db_hh, 0);
+  if (w.db_hh) __builtin_memcpy(w.db_hh, w.db_ih, size_t(2 * H) * sizeof(S));
   sums(H, y, nullptr, w.db_hh, 2 * H);
   if (!norm()) return;
   sums(3 * H, y + H, normed(d), w.dg_ih, 0);
@@ -335,14 +358,11 @@ template <class S> void Backward<S>::weight_gradients(int64_t d) const {
   else bias_gradients(d, hidden, ld);
   gemm(p.pool, Gemm<S, S, S>{3 * H, p.I, N, input, 1, ld, static_cast<const S*>(p.x), p.I, 1,
                              static_cast<S*>(w.dw_ih), p.I});
-  // dW_hh: rows of gates r and z, then n.
-  S* dw = static_cast<S*>(w.dw_hh);
   const auto add = [&](int64_t row, int64_t K, const S* h, int64_t ldh, bool accumulate) {
-    Gemm<S, S, S> rz{2 * H, H, K, hidden + row * ld + H, 1, ld, h, ldh, 1, dw, H};
-    Gemm<S, S, S> n{H, H, K, hidden + row * ld, 1, ld, h, ldh, 1, dw + 2 * H * H, H};
-    rz.accumulate = n.accumulate = accumulate;
-    gemm(p.pool, rz);
-    gemm(p.pool, n);
+    Gemm<S, S, S> dw{3 * H, H, K, hidden + row * ld, 1, ld, h, ldh, 1, static_cast<S*>(w.dw_hh), H};
+    dw.accumulate = accumulate;
+    dw.shift = 2 * H;  // gates from the order n, r, z to r, z, n
+    gemm(p.pool, dw);
   };
   const S* h0 = static_cast<const S*>(p.h0) + d * p.B * H;
   const S* out = static_cast<const S*>(p.out) + d * H;

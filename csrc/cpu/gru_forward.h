@@ -194,7 +194,13 @@ void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int6
   const int64_t parts = space.division.parts, blocks = space.blocks;
   const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
   const R* h = factors(d, s) + b * space.ldh;
-  step_products<S>(p, rows, space.K, h, space.ldh, weights(d), first, last, f);
+  const F* x = products(d) + (p.offsets[time(d, s)] + b) * ldx;
+  step_products<S>(
+      p, rows, space.K, h, space.ldh, weights(d), kNV * first, kNV * last,
+      [&](int64_t v, int64_t, F* c) { f(v / kNV, c); },
+      [&](int64_t v, int64_t, int64_t m) {
+        for (int64_t i = v / kNV * kL; i < ldx; i += p.H) prefetch(kL, x + m * ldx + i);
+      });
 }
 
 // Units of panel u at step s for `rows` sequences from b on, their rows being those from `row` on:

@@ -123,8 +123,9 @@ inline void lockstep(const Pool& pool, int64_t groups, int64_t parts, int64_t ph
 
 // ---- products with packed weights ----
 
-// A panel holds 3 vectors of columns for each step of k: [K][3][lanes]. In the forward these are the
-// three gates of one vector of units, in the backward three adjacent vectors of units.
+// The columns of a part are cut into panels of up to 3 vectors, as each_panel() does: the one that begins with the
+// part's vector v lies at v * K * lanes, [K][its vectors][lanes]. In the forward a panel holds the three gates of one
+// vector of units, in the backward adjacent vectors of units.
 template <class F> inline constexpr int64_t kPanel = kNV * kLanes<F>;
 template <class F> inline constexpr int64_t kDepth = 24 * 1024 / (kPanel<F> * int64_t(sizeof(F)));
 
@@ -176,76 +177,86 @@ template <> struct RowOf<WidenedPair> {
   }
 };
 
-// One row times kPanels panels: enough independent sums to hide the latency of the multiply-adds.
-template <class Mul, int kPanels>
+// One row times kPanels panels of kVecs vectors: c[kPanels][kVecs lanes].
+template <class Mul, int kPanels, int kVecs>
 inline __attribute__((noinline)) void row_products(int64_t K, const typename RowOf<Mul>::type* a,
                                                    const typename Mul::elem* panel, typename Mul::acc* c) {
   using F = typename Mul::acc;
   using E = typename Mul::elem;
-  Vec<F> acc[kPanels][kNV] = {};
+  constexpr int64_t kL = kLanes<F>, kWidth = kVecs * kL;
+  Vec<F> acc[kPanels][kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
     const auto x = RowOf<Mul>::step(a, k);
 #pragma GCC unroll 8
     for (int i = 0; i < kPanels; ++i)
 #pragma GCC unroll 3
-      for (int v = 0; v < kNV; ++v)
-        acc[i][v] = Mul::madd(x, load_raw<Vec<E>>(panel + (i * K + k) * kPanel<F> + v * kLanes<F>), acc[i][v]);
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = Mul::madd(x, load_raw<Vec<E>>(panel + (i * K + k) * kWidth + v * kL), acc[i][v]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kPanels; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < kNV; ++v) store(c + i * kPanel<F> + v * kLanes<F>, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) store(c + i * kWidth + v * kL, acc[i][v]);
 }
 
-// c[3 lanes] = a[K] times each panel in [first, last), handed to f(panel, c).
+// a[K] times the columns from vector `first` to `last`, handed to f(vector, vectors, c) panel by panel.
 template <class Mul, class Visit>
 FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a,
                                   const typename Mul::elem* panels, int64_t first, int64_t last,
                                   const Visit& f) {
   using F = typename Mul::acc;
   F c[kMR * kPanel<F>];
-  int64_t i = first;
-  for (; i + kMR <= last; i += kMR) {
-    row_products<Mul, kMR>(K, a, panels + i * K * kPanel<F>, c);
-    for (int64_t j = 0; j < kMR; ++j) f(i + j, c + j * kPanel<F>);
+  // Several whole panels: enough independent sums to hide the latency of the multiply-adds.
+  for (; first_vectors(last - first - (kMR - 1) * kNV) == kNV; first += kMR * kNV) {
+    row_products<Mul, kMR, kNV>(K, a, panels + first * K * kLanes<F>, c);
+    for (int64_t j = 0; j < kMR; ++j) f(first + j * kNV, kNV, c + j * kPanel<F>);
   }
-  for (; i < last; ++i) {
-    row_products<Mul, 1>(K, a, panels + i * K * kPanel<F>, c);
-    f(i, c);
-  }
+  each_panel(first, last, [&](int64_t v, int64_t n) {
+    const typename Mul::elem* panel = panels + v * K * kLanes<F>;
+    if (n == 3) row_products<Mul, 1, 3>(K, a, panel, c);
+    else if (n == 2) row_products<Mul, 1, 2>(K, a, panel, c);
+    else row_products<Mul, 1, 1>(K, a, panel, c);
+    f(v, n, c);
+  });
 }
 
-// c[rows][3 lanes] = a[rows][K] times the same.
-template <class Mul, class Visit>
+// The same for a[rows][K], c[rows][kPanel]. Before that ahead(vector, vectors, row) is called for each row, here and
+// there among the products: to prefetch what f, or what follows it, is going to read.
+template <class Mul, class Visit, class Ahead>
 FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const typename Mul::elem* a, int64_t lda,
                                   const typename Mul::elem* panels, int64_t first, int64_t last,
-                                  const Visit& f) {
+                                  const Visit& f, const Ahead& ahead) {
   using F = typename Mul::acc;
   if (rows == 1) return panel_products<Mul>(K, a, panels, first, last, f);
   F* c = static_cast<F*>(thread_scratch(kScratchKernel, size_t(rows * kPanel<F>) * sizeof(F)));
-  for (int64_t i = first; i < last; ++i) {
-    const typename Mul::elem* panel = panels + i * K * kPanel<F>;
-    const int64_t depth = rows > kMR ? kDepth<F> : K;  // in the first-level cache while it is reused
-    matmul<Mul, kRowMajor, kOverwrite>(rows, kPanel<F>, least(K, depth), a, lda, panel, kPanel<F>, c,
-                                       kPanel<F>);
-    for (int64_t k = depth; k < K; k += depth)
-      matmul<Mul, kRowMajor, kAccumulate>(rows, kPanel<F>, least(K - k, depth), a + k, lda,
-                                          panel + k * kPanel<F>, kPanel<F>, c, kPanel<F>);
-    f(i, c);
-  }
+  const int64_t depth = rows > kMR ? kDepth<F> : K;  // in the first-level cache while it is reused
+  each_panel(first, last, [&](int64_t v, int64_t n) {
+    const int64_t columns = n * kLanes<F>;
+    const typename Mul::elem* panel = panels + v * K * kLanes<F>;
+    for (int64_t k = 0, m = 0; k < K; k += depth) {
+      const int64_t steps = least(K - k, depth);
+      for (; m < rows * (k + steps) / K; ++m) ahead(v, n, m);
+      if (k == 0)
+        matmul<Mul, kRowMajor, kOverwrite>(rows, columns, steps, a, lda, panel, columns, c, kPanel<F>);
+      else
+        matmul<Mul, kRowMajor, kAccumulate>(rows, columns, steps, a + k, lda, panel + k * columns, columns, c,
+                                            kPanel<F>);
+    }
+    f(v, n, c);
+  });
 }
 
 // The same for the rows and weights of a step.
-template <class S, class Visit>
+template <class S, class Visit, class Ahead>
 FASTLM_INLINE void step_products(const GruParams& p, int64_t rows, int64_t K, const typename Factors<S>::R* a,
                                  int64_t lda, const typename Factors<S>::E* panels, int64_t first,
-                                 int64_t last, const Visit& f) {
+                                 int64_t last, const Visit& f, const Ahead& ahead) {
   using E = typename Factors<S>::E;
   if constexpr (Factors<S>::kWidens)
     if (Factors<S>::widened(p))
       return panel_products<WidenedPair>(K, a, reinterpret_cast<const uint32_t*>(panels), first, last, f);
   panel_products<typename Factors<S>::Mul>(rows, K, reinterpret_cast<const E*>(a), lda / Factors<S>::kPair,
-                                           panels, first, last, f);
+                                           panels, first, last, f, ahead);
 }
 
 // Gains, biases: n storage elements at src (null: zeros) to dst.
