@@ -200,9 +200,13 @@ KeyRows<operand_t<S>> rows_along_columns(const KeySource<S>& src, int64_t j0, in
   return {scratch, ld};
 }
 
-// Rows j0 .. j0 + n, summed over rows, always in scratch: pairs are of two rows.
+// Rows j0 .. j0 + n, summed over rows: in place where a column of a block spreads over the sets of the first-level
+// cache, else in scratch. Pairs are of two rows.
 template <class S>
 KeyRows<operand_t<S>> rows_along_rows(const KeySource<S>& src, int64_t j0, int64_t n, operand_t<S>* scratch) {
+  if constexpr (sizeof(S) == sizeof(operand_t<S>)) {
+    if (!src.pages && src.t * int64_t(sizeof(S)) % 1024 != 0) return {src.row(j0), src.t};
+  }
   const int64_t ld = spread(src.D);
   if constexpr (Operand<S>::kPair == 1) {
     for (int64_t j = 0; j < n; ++j) convert_row(src.D, src.row(j0 + j), 1, scratch + j * ld);
