@@ -173,7 +173,6 @@ template <class S> struct LinearCrossEntropy {
   struct Local {
     E* converted;  // [kRows][kKC] of W
     E* packed;     // W[kRows][D] in panels of kMR values of d, [kRows / kPair] steps each
-    E* row;        // [D]
     T *tile, *mixed;    // [kRows][width]
     T* edge;            // [kRows][kNR]
     E *along, *across;  // the gradient tile as an operand: the tile itself, or what round_tile makes of it
@@ -183,12 +182,11 @@ template <class S> struct LinearCrossEntropy {
     const int64_t rounded = kPair == 1 ? 0 : tile / kPair;
     E* at = static_cast<E*>(thread_scratch(
         kScratchKernel,
-        size_t(kRows * kKC + kRows / kPair * D + D + 2 * tile + kRows * kNR + 2 * rounded) * sizeof(E)));
+        size_t(kRows * kKC + kRows / kPair * D + 2 * tile + kRows * kNR + 2 * rounded) * sizeof(E)));
     const auto take = [&](int64_t n) { return at += n, at - n; };
     Local l;
     l.converted = take(kRows * kKC);
     l.packed = take(kRows / kPair * D);
-    l.row = take(D);
     l.tile = reinterpret_cast<T*>(take(tile));
     l.mixed = reinterpret_cast<T*>(take(tile));
     l.edge = reinterpret_cast<T*>(take(kRows * kNR));
@@ -233,9 +231,9 @@ template <class S> struct LinearCrossEntropy {
       const int64_t K = least(kKC, depth() - k0), d0 = k0 * kPair;
       const E* a = l.converted;
       int64_t lda = kKC;
-      if constexpr (Plan::kDirect) {
-        a = weight_row(v0) + k0;
-        lda = p.S * p.D;
+      if (sizeof(S) * kPair == sizeof(E) && p.D % kPair == 0) {  // as it lies
+        a = reinterpret_cast<const E*>(weight_row(v0)) + k0;
+        lda = p.S * p.D / kPair;
       } else {
         for (int64_t v = 0; v < M; ++v)
           Pack<E>::along(least(K * kPair, p.D - d0), weight_row(v0 + v) + d0, 1, l.converted + v * kKC);
@@ -509,16 +507,7 @@ template <class S> struct LinearCrossEntropy {
   // dX^T[d] += sum over the tile of W[v][d] g[v], W packed in panels of kMR values of d.
   void add_input_gradient(int64_t tile, const Local& l, T* out, bool first) const {
     const int64_t M = rows(tile), v0 = tile * kRows, K = ceil_div(M, kPair);
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t v = k * kPair;
-      const E* source = l.row;
-      if constexpr (Plan::kDirect) source = weight_row(v0 + v);
-      else Pack<E>::across(p.D, weight_row(v0 + v), 1, v + 1 < M ? p.S * p.D : 0, l.row);
-      int64_t d = 0;
-      for (; d + kMR <= p.D; d += kMR)
-        __builtin_memcpy(l.packed + d * K + k * kMR, source + d, kMR * sizeof(E));
-      for (int64_t i = d; i < p.D; ++i) l.packed[d * K + k * kMR + i - d] = source[i];
-    }
+    pack_row_panels(p.D, M, weight_row(v0), p.S * p.D, l.packed);
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       const int64_t w = panel_width(panel), ldb = kPair == 1 ? width() : w;
       const E* b = l.across + panel * kNR * (kPair == 1 ? 1 : K);
