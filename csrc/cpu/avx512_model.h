@@ -124,6 +124,17 @@ FASTLM_MODEL __m512i permute(__m512i index, __m512i v) {
   for (int i = 0; i < 32; ++i) to[i] = from[place[i] & 31];
   return __builtin_bit_cast(__m512i, to);
 }
+FASTLM_MODEL __m512i permute_or_zero(uint32_t mask, __m512i index, __m512i v) {
+  const __m512i permuted = permute(index, v);
+  return load<uint16_t, __m512i>(mask, &permuted);
+}
+// Of 32 bits.
+FASTLM_MODEL __m512i permute_words(__m512i index, __m512i v) {
+  const Words place = bits_of<Words>(index), from = bits_of<Words>(v);
+  Words to;
+  for (int i = 0; i < 16; ++i) to[i] = from[place[i] & 15];
+  return bits_of<__m512i>(to);
+}
 FASTLM_MODEL __m512i join(__m256i low, __m256i high) {
   const __m256i half[2] = {low, high};
   return __builtin_bit_cast(__m512i, half);
@@ -173,6 +184,8 @@ FASTLM_MODEL __m512i blend(uint32_t mask, __m512i a, __m512i b) {
 #define _mm512_srli_epi64(v, n) \
   instruction::bits_of<__m512i>(instruction::bits_of<instruction::DoubleWords>(v) >> (n))
 #define _mm512_permutexvar_epi16 instruction::permute
+#define _mm512_maskz_permutexvar_epi16 instruction::permute_or_zero
+#define _mm512_permutexvar_epi32 instruction::permute_words
 #define _mm512_castsi256_si512(v) instruction::join(v, __m256i{})
 #undef _mm512_inserti64x4
 #define _mm512_inserti64x4(v, high, i) instruction::join(instruction::half<1 - (i)>(v), high)

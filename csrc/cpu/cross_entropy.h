@@ -132,7 +132,6 @@ template <class S> struct Row {
     V sum{}, m = splat(T(-kInfinity));
     each_vector<T>(n, [&](int64_t c, auto w) {
       const V each = load<T>(v + c, w), e = exp_negative(each - splat(r));
-      __builtin_prefetch(v + n + c);  // the block after: the memory works meanwhile
       keep(c, e, w);
       m = max(m, fill_rest(each, w, T(-kInfinity)));
       sum += fill_rest(e, w, T(0));
@@ -156,8 +155,13 @@ template <class S> struct Row {
         if (m == T(-kInfinity)) m = block_max(v, n), r = finite_max(m);
         if (c0 == 0) sums.r = m > T(-kInfinity) && m < T(kInfinity) ? m : T(0);
         const auto relative = [&] {
-          if (!kept) return exponentials(v, n, r, [](int64_t, V, auto) {});
-          return exponentials(v, n, r, [to = kept + c0](int64_t c, V e, auto w) { store(to + c, e, w); });
+          // The memory works on the block after meanwhile: for the second level, where the first is to keep.
+          const auto* const next = v + n;
+          if (!kept) return exponentials(v, n, r, [next](int64_t c, V, auto) { __builtin_prefetch(next + c); });
+          return exponentials(v, n, r, [next, to = kept + c0](int64_t c, V e, auto w) {
+            __builtin_prefetch(next + c, 0, 2);
+            store(to + c, e, w);
+          });
         };
         Block block = relative();
         if (block.max > r + kHeadroom) {
@@ -223,9 +227,9 @@ template <class S> struct Row {
 
   // Too large for the caches: written without reading the lines first.
   FASTLM_INLINE bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
+  static constexpr int64_t kStreamed = kVectorBytes / int64_t(sizeof(S));  // classes in one such store
   static int64_t to_alignment(const S* dx) {
-    constexpr uintptr_t kBytes = kLanes<T> * sizeof(S);
-    return int64_t((kBytes - reinterpret_cast<uintptr_t>(dx) % kBytes) % kBytes / sizeof(S));
+    return int64_t((kVectorBytes - reinterpret_cast<uintptr_t>(dx) % kVectorBytes) % kVectorBytes / sizeof(S));
   }
 
   // dx_c = d(c), c < n.
@@ -233,8 +237,10 @@ template <class S> struct Row {
     int64_t c = 0;
     if (streams()) {
       c = least(n, to_alignment(dx));
-      if (c > 0) store(dx, d(0, Part{c}), c);
-      for (; c + kLanes<T> <= n; c += kLanes<T>) stream(dx + c, d(c, Whole{}));
+      each_vector<T>(c, [&](int64_t j, auto w) { store(dx + j, d(j, w), w); });
+      for (; c + kStreamed <= n; c += kStreamed)
+        if constexpr (kStreamed == kLanes<T>) stream(dx + c, d(c, Whole{}));
+        else stream(dx + c, d(c, Whole{}), d(c + kLanes<T>, Whole{}));
     }
     each_vector<T>(n - c, [&](int64_t j, auto w) { store(dx + c + j, d(c + j, w), w); });
   }
