@@ -28,6 +28,7 @@ from statistics import median
 import torch
 from cases import OPERATORS
 from harness import differentiable, on_device
+from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
@@ -36,6 +37,7 @@ from benchmarks.measure import Measurement, Timing, check, failure, problems
 from benchmarks.page import page
 from benchmarks.workloads import FASTLM, STEPS_OF_MODELS, OperatorProblem, Workload, workloads
 from fastlm import ops
+from fastlm.functional.gru import gru_arguments
 
 CUDNN, FLASH, LIGER = "cuDNN", "flash-attn", "Liger"
 ROUNDS, ROUND_SECONDS = 20, 0.01
@@ -87,6 +89,18 @@ OTHERS = {
 }
 
 
+def _flatten_weights(*args) -> None:
+    """The weights of a GRU in one piece of memory, as nn.GRU keeps them for cuDNN, which would else compact them
+    at each call."""
+    given = gru_arguments(args, {})
+    params, biases = given["params"], given["has_biases"]
+    with torch.no_grad():
+        torch._cudnn_rnn_flatten_weight(
+            params, 4 if biases else 2, params[0].size(1), get_cudnn_mode("GRU"), given["hx"].size(-1), 0,
+            given["num_layers"], given.get("batch_first", False), given["bidirectional"],
+        )  # fmt: skip
+
+
 class DeviceProblem(OperatorProblem):
     """An operator's inputs in a device's memory."""
 
@@ -94,6 +108,8 @@ class DeviceProblem(OperatorProblem):
         self.device = device
         super().__init__(OPERATORS[workload.operator], workload.shape, workload.dtype)
         self.arguments = on_device(self.operator, self.arguments, device)
+        if workload.operator == "gru" and device.type == "cuda" and torch.backends.cudnn.is_available():
+            _flatten_weights(*self.arguments[0])
         self.inputs = differentiable(self.arguments)
 
     def function(self, contender: str) -> Callable:

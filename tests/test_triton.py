@@ -229,6 +229,7 @@ def test_tuning_leaves_what_a_kernel_adds_to(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(launch.Kernel, "_fits", lambda *_: True)
     monkeypatch.setattr(matmul._matmul, "_chosen", {})
+    monkeypatch.setattr(matmul._matmul, "_ready", {})
     monkeypatch.setattr(matmul._matmul.function, "cache_key", "0123456789abcdef", raising=False)
     a, b, sums = (torch.randn(shape) for shape in ((5, 7), (7, 6), (5, 9)))
     expected = sums.clone()

@@ -47,3 +47,28 @@ def test_kernels_fit_their_target(target, tmp_path):
     assert rows, "nothing was compiled"
     problems = [f"{row['sample']}: {row['kernel']} {row['config']}: {found}" for row, found in rows if found]
     assert not problems, "\n".join(problems)
+
+
+FORMS = """
+import torch
+from fastlm.targets import TARGETS
+from fastlm.triton import launch
+from fastlm.triton.cross_entropy import _scale
+memory, factor, found = torch.empty(64), torch.empty(()), {}
+near = [n for middle in (0, 1 << 31, 1 << 32, 1 << 63) for n in range(middle - 33, middle + 34)]
+calls = [(memory, n) for n in near if -(1 << 31) <= n < 1 << 64] + [(memory[i:], 3) for i in range(9)]
+calls += [(memory.to(dtype), 3) for dtype in (torch.bfloat16, torch.float16)]
+with launch.ahead_of_time(TARGETS["sm_90"]):
+    for x, n in calls:
+        binary = _scale.compiled((x, factor, n), {}, launch.Config({"BLOCK": 64}))
+        found.setdefault((launch.form_of(x), launch.form_of(n)), set()).add(binary.hash)
+assert all(len(binaries) == 1 for binaries in found.values()), found
+assert len(set.union(*found.values())) >= 8, found
+"""
+
+
+def test_what_a_binary_depends_on(tmp_path):
+    """Arguments of one form have one binary: launch.Kernel keeps it for them."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", FORMS], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

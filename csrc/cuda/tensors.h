@@ -28,7 +28,7 @@ inline bool has_whole_rows(const Tensor& t) {
 }
 
 inline Tensor new_like(const Tensor& t, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(t, torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+  return new_tensor(Ints(size.data(), size.size()), dtype, &t);
 }
 
 // What a kernel writes for `result`: itself, or a tensor of padded rows for `give_rows`.

@@ -20,8 +20,16 @@ from triton.runtime.errors import OutOfResources
 from fastlm import tuned
 from fastlm.targets import TARGETS, Target
 
-cdiv = triton.cdiv
-next_power_of_2 = triton.next_power_of_2
+HIP = torch.version.hip is not None
+
+
+# Triton's own of these take 3 us a call.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 # ---- targets -------------------------------------------------------------------------------
@@ -81,6 +89,26 @@ class Compiled(NamedTuple):
     binary: object  # triton's CompiledKernel
 
 
+class Ready(NamedTuple):
+    """What a kernel's calls of one form launch."""
+
+    config: Config
+    binary: object  # triton's CompiledKernel; None in the interpreter
+    values: tuple  # of the constants, in the order of the kernel's parameters
+
+
+def form_of(x):
+    """All that triton.jit makes of an argument in a binary: of an integer whether it is 1 or a multiple of 16 and
+    whether it has 32 bits, of a tensor its dtype and whether it starts at a multiple of 16 bytes."""
+    if type(x) is int:
+        divisor = 1 if x == 1 else 0 if x & 15 else 16
+        return divisor if -(1 << 31) <= x < 1 << 31 else (divisor, x < 1 << 63)
+    if isinstance(x, Tensor):
+        # On AMD's GPUs also whether 32 bits hold all offsets.
+        return x.dtype, x.data_ptr() & 15 == 0, HIP and x.untyped_storage().nbytes() < 1 << 31
+    return type(x) if type(x) is float else x
+
+
 class Kernel:
     """A kernel with its configurations.
 
@@ -92,7 +120,8 @@ class Kernel:
         restore: names of arguments that the kernel both reads and writes, which tuning puts back.
 
     A call takes the grid (a function of the blocks), the arguments by position, and by keyword the
-    constants, and `sizes`: the numbers that the choice of a configuration depends on.
+    constants, and `sizes`: the numbers that the choice of a configuration depends on. The binary of a call is
+    kept by all that it depends on: for sixty arguments triton.jit takes several times as long to find it.
     """
 
     def __init__(
@@ -109,30 +138,51 @@ class Kernel:
         names = [name for name in function.arg_names]
         self.restore = [names.index(name) for name in restore]
         self._chosen: dict[tuple, Config] = {}
+        self._ready: dict[tuple, Ready] = {}
 
     def __call__(self, grid: Callable[[dict], tuple], *args, sizes: Sequence[int] = (), **constants) -> None:
         first = next(x for x in args if isinstance(x, Tensor))
         if _ahead is not None:
             return _ahead.compile(self, first.dtype, args, constants)
         device = first.device
-        key = (
+        form = (
             device,
-            *(x.dtype for x in args if isinstance(x, Tensor)),
+            *[form_of(x) for x in args],
             *constants.values(),
-            *(next_power_of_2(size) for size in sizes),
+            *[(size - 1).bit_length() for size in sizes],
         )
+        ready = self._ready.get(form)
+        if ready is not None and (device.type == "cpu" or device.index == torch.cuda.current_device()):
+            return self._run(ready, grid, args, constants)
+        with _on(device):
+            if ready is None:
+                ready = self._ready[form] = self._prepare(device, grid, args, sizes, constants)
+            return self._run(ready, grid, args, constants)
+
+    def _prepare(self, device, grid, args, sizes, constants) -> Ready:
+        dtypes = [x.dtype for x in args if isinstance(x, Tensor)]
+        key = (device, *dtypes, *constants.values(), *map(next_power_of_2, sizes))
         config = self._chosen.get(key)
         if config is None:
-            with _on(device):
-                config = self._chosen[key] = self._choose(key, grid, args, constants, first.dtype)
+            config = self._chosen[key] = self._choose(key, grid, args, constants, dtypes[0])
+        if knobs.runtime.interpret:
+            return Ready(config, None, ())
+        values = constants | config.blocks
+        return Ready(
+            config,
+            self.compiled(args, constants, config),
+            tuple(values[name] for name in self.function.arg_names[len(args) :]),
+        )
+
+    def _run(self, ready: Ready, grid, args, constants) -> None:
+        config, binary, values = ready
         shape = grid(config.blocks)
         if 0 in shape:
-            return None
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with _on(device):
-                self.launch(shape, args, constants, config)
-        else:
+            return
+        if binary is None:
             self.launch(shape, args, constants, config)
+        else:
+            binary[(*shape, 1, 1)[:3]](*args, *values)
 
     def launch(self, shape, args, constants, config):
         self.function[shape](*args, **constants, **self._options(config))
