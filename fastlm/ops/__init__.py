@@ -270,6 +270,8 @@ autocast_is_on_somewhere = torch._C._is_any_autocast_enabled
 
 def autocast_is_on(device: torch.device) -> bool:
     """Whether autocast is on for the device; there are devices that it does not know, as meta."""
+    if not torch.compiler.is_compiling() and not autocast_is_on_somewhere():  # for a device's type takes 2 us
+        return False
     return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
