@@ -59,24 +59,24 @@ FASTLM_DEVICE void backward_keys(const AttentionBackwardParams& p) {
   using T = typename S::T;
   constexpr int D = S::D, M = S::M, kStay = S::kStay, kStream = S::kStream, kThreads = S::kThreads;
   const AttentionParams& a = p.a;
-  const int block = int(blockIdx.x) % p.blocks, part = int(blockIdx.y);
-  const int hkv = int(blockIdx.x) / p.blocks % a.Hkv, b = int(blockIdx.x) / p.blocks / a.Hkv;
+  const auto [block, hkv, b] = turn_of(a, blockIdx.x, p.blocks, p.together);
+  const int part = int(blockIdx.y);
   const Sequence s = sequence_of(a, b);
   const int j0 = block * kStay;  // the first keys of a causal sequence, which the most rows see, come first
   if (j0 >= s.Tk) return;
 
   Tile<T, D> k{reinterpret_cast<T*>(shared_memory())}, v{k.data + kStay * D};
-  T* const streams = k.data + (DK ? 2 : 1) * kStay * D;
+  RowStats* const stats = reinterpret_cast<RowStats*>(k.data + (DK ? 2 : 1) * kStay * D);
+  Row* const rows = reinterpret_cast<Row*>(stats + S::kInfo);
+  T* const streams = reinterpret_cast<T*>(rows + (S::kOptions ? S::kInfo : 0));
   const auto q_tile = [&](int stage) { return Tile<T, D>{streams + stage * 2 * kStream * D}; };
   const auto dout_tile = [&](int stage) { return Tile<T, D>{streams + (stage * 2 + 1) * kStream * D}; };
-  RowStats* const stats = reinterpret_cast<RowStats*>(streams + p.stages * 2 * kStream * D);
-  Row* const rows = reinterpret_cast<Row*>(stats + p.stages * kStream);
 
   const int all_rows = s.Tq * a.group, warp = warp_index() * 16 * M;
   const StreamTiles<kStream> tiles(rows_seeing(s, a.group, j0), rows_seeing(s, a.group, min(j0 + kStay, s.Tk) - 1), all_rows);
   const int share = (max(tiles.to - tiles.from, 0) + p.parts - 1) / p.parts;
   const int from = tiles.from + part * share, to = min(from + share, tiles.to);
-  ScoreTiles<S> scores{p, s, b, j0 + warp, rows_seeing(s, a.group, j0 + warp + lane_index() / 4)};
+  ScoreTiles<S> scores{p, s, b, j0 + warp};
 
   const int64_t first_stats = stats_at(p, s, b, hkv);
   const auto load = [&](int n, int stage) {
@@ -104,7 +104,7 @@ FASTLM_DEVICE void backward_keys(const AttentionBackwardParams& p) {
     if constexpr (DK)
       copy_tile<kStay, kThreads>(v, static_cast<const T*>(a.v) + offset_of(a.vs, b, s.k0, hkv, j0), a.vs.t, s.Tk - j0, a.Dv);
   }
-  stream_tiles(from, to, p.stages, load, use);
+  stream_tiles(from, to, 1, p.stages, load, use);
 
   const auto place = [&](auto* base, const HeadStrides& at, int x) {
     const uint32_t j = j0 + warp + x;
@@ -132,30 +132,29 @@ template <class S> FASTLM_DEVICE void backward_rows(const AttentionBackwardParam
   using T = typename S::T;
   constexpr int D = S::D, M = S::M, kStay = S::kStay, kStream = S::kStream, kThreads = S::kThreads;
   const AttentionParams& a = p.a;
-  const int block = p.blocks - 1 - int(blockIdx.x) % p.blocks;  // the last rows see the most keys
-  const int hkv = int(blockIdx.x) / p.blocks % a.Hkv, b = int(blockIdx.x) / p.blocks / a.Hkv;
+  const auto [turn, hkv, b] = turn_of(a, blockIdx.x, p.blocks, p.together);
   const Sequence s = sequence_of(a, b);
-  const int r0 = block * kStay, all_rows = s.Tq * a.group;
+  const int r0 = (p.blocks - 1 - turn) * kStay,  // the last rows see the most keys
+            all_rows = s.Tq * a.group;
   if (r0 >= all_rows) return;
 
   Tile<T, D> q{reinterpret_cast<T*>(shared_memory())}, dout{q.data + kStay * D};
-  T* const streams = q.data + 2 * kStay * D;
+  RowStats* const stats = reinterpret_cast<RowStats*>(q.data + 2 * kStay * D);
+  Row* const rows = reinterpret_cast<Row*>(stats + S::kInfo);
+  T* const streams = reinterpret_cast<T*>(rows + (S::kOptions ? S::kInfo : 0));
   const auto k_tile = [&](int stage) { return Tile<T, D>{streams + stage * 2 * kStream * D}; };
   const auto v_tile = [&](int stage) { return Tile<T, D>{streams + (stage * 2 + 1) * kStream * D}; };
-  RowStats* const stats = reinterpret_cast<RowStats*>(streams + p.stages * 2 * kStream * D);
-  Row* const rows = reinterpret_cast<Row*>(stats + kStay);
 
   const StreamTiles<kStream> tiles(keys_seen(s, r0 / a.group), keys_seen(s, (min(r0 + kStay, all_rows) - 1) / a.group), s.Tk);
   const int warp = warp_index() * 16 * M, g = lane_index() / 4;
   const int64_t first_stats = stats_at(p, s, b, hkv) + r0;
-  ScoreTiles<S> scores{p, s, b, r0 + warp, {}};
+  ScoreTiles<S> scores{p, s, b, r0 + warp};
 
-  const T* const k_base = static_cast<const T*>(a.k) + offset_of(a.ks, b, s.k0, hkv, 0);
-  const T* const v_base = static_cast<const T*>(a.v) + offset_of(a.vs, b, s.k0, hkv, 0);
+  const T* const keys = static_cast<const T*>(a.k), *const values = static_cast<const T*>(a.v);
   const auto load = [&](int n, int stage) {
-    const int64_t j = n * kStream;
-    copy_tile<kStream, kThreads>(k_tile(stage), k_base + j * a.ks.t, a.ks.t, s.Tk - int(j), a.D);
-    copy_tile<kStream, kThreads>(v_tile(stage), v_base + j * a.vs.t, a.vs.t, s.Tk - int(j), a.Dv);
+    const int j = n * kStream;
+    copy_tile<kStream, kThreads>(k_tile(stage), keys + offset_of(a.ks, b, s.k0, hkv, j), a.ks.t, s.Tk - j, a.D);
+    copy_tile<kStream, kThreads>(v_tile(stage), values + offset_of(a.vs, b, s.k0, hkv, j), a.vs.t, s.Tk - j, a.Dv);
   };
   float dq[M][D / 8][4] = {}, sums[M][2] = {};
   const auto use = [&](int n, int stage) {
@@ -175,7 +174,7 @@ template <class S> FASTLM_DEVICE void backward_rows(const AttentionBackwardParam
   }
   if constexpr (S::kOptions)
     for (int x = int(threadIdx.x); x < kStay; x += kThreads) rows[x] = row_of(a, s, b, hkv, r0 + x);
-  stream_tiles(tiles.from, tiles.to, p.stages, load, use);
+  stream_tiles(tiles.from, tiles.to, 1, p.stages, load, use);
 
   if (!S::kOptions || p.sums == kNoSums) {
     store_sums(dq, a.scale, q, warp, a.D, [&](int x) -> T* {

@@ -52,14 +52,18 @@ template <class S, bool DK, bool DV> void run_keys(BackwardCall& call) {
   call.device.launch(kernel, call.grid(call.heads() * call.p.blocks, call.p.parts), S::kThreads, shared, call.p);
 }
 
-// dK and dV. Where there are few blocks of keys for the device, the rows of each are shared out.
+// dK and dV. Where there are few blocks of keys for the device, the rows of each are shared out: where the first keys
+// have all of the rows and the last have none, among twice as many.
 template <class T, int D, bool OPTIONS, bool SMALL> void run_keys(BackwardCall& call) {
   using S = BackwardShape<T, D, true, OPTIONS, SMALL>;
   AttentionBackwardParams& p = call.p;
   p.blocks = int(blocks_of(p.a.Tk, S::kStay));
   const int64_t blocks = call.heads() * p.blocks, tiles = blocks_of(int64_t(p.a.Tq) * p.a.group, S::kStream);
   if (blocks == 0) return;
-  p.parts = int(std::clamp<int64_t>(std::min(2 * call.device.multiprocessors / blocks, tiles / 4), 1, kMostParts));
+  const bool triangle = (p.a.causal || p.a.right >= 0) && p.a.left < 0;
+  const int64_t parts = (triangle ? 4 : 2) * call.device.multiprocessors / blocks;
+  p.parts = int(std::clamp<int64_t>(std::min(parts, tiles / 4), 1, kMostParts));
+  p.together = heads_together(p.a, int64_t(p.a.Tq) * p.a.group, sizeof(T));
   if (p.parts > 1) {
     p.dk_parts = call.floats(p.parts * (p.dk_size + p.dv_size));
     p.dv_parts = p.dk_parts + p.parts * p.dk_size;
@@ -82,6 +86,7 @@ template <class T, int D, bool OPTIONS, bool SMALL> void run_keys(BackwardCall& 
 template <class T, int D, bool OPTIONS, bool SMALL> void run_rows(BackwardCall& call) {
   using S = BackwardShape<T, D, false, OPTIONS, SMALL>;
   call.p.blocks = int(blocks_of(int64_t(call.p.a.Tq) * call.p.a.group, S::kStay));
+  call.p.together = heads_together(call.p.a, call.p.a.Tk, sizeof(T));
   const auto kernel = &attention_backward_rows<S>;
   const size_t shared = divide_shared<S>(call, kernel, 2);
   call.device.launch(kernel, call.grid(call.heads() * call.p.blocks), S::kThreads, shared, call.p);

@@ -21,6 +21,7 @@ struct AttentionBackwardParams {
   RowStats* stats;           // see stats_at
   int64_t stats_b, stats_h;
   int blocks;                // of what stays, per key head of a sequence
+  int together;              // heads_together
   int stages;                // tiles of what streams: 2, or 1 where shared memory is dear
   int parts;                 // blocks of keys share the rows, in order; above 1 they give their sums to:
   float *dk_parts, *dv_parts;     // [parts][dk_size], in each the places of dk
@@ -79,7 +80,8 @@ template <class T_, int D_, bool KEYS, bool OPTIONS, bool SMALL> struct Backward
   static constexpr int D = D_;
   static constexpr bool kKeys = KEYS, kOptions = OPTIONS, kHalf = sizeof(T) == 2;
   static constexpr int M = kTensorCores<T> && D <= (KEYS || !kHalf ? 64 : 128) ? 2 : 1;
-  static constexpr int N = (kHalf || D <= 64 ? 4 : 2) / ((M == 2 && OPTIONS) || (SMALL && (kHalf || D == 256)) ? 2 : 1);
+  static constexpr int kMost = kHalf && D <= 64 && !KEYS && !OPTIONS && !SMALL ? 8 : kHalf || D <= 64 ? 4 : 2;
+  static constexpr int N = kMost / ((M == 2 && OPTIONS) || (SMALL && (kHalf || D == 256)) ? 2 : 1);
   static constexpr int kWarps = (kHalf || D < 256 ? 4 : 2) / (SMALL && D >= 128 ? 2 : 1);
   static constexpr int kStay = 16 * M * kWarps, kStream = 8 * N, kThreads = 32 * kWarps;
 #ifdef __CUDA_ARCH__
@@ -88,11 +90,12 @@ template <class T_, int D_, bool KEYS, bool OPTIONS, bool SMALL> struct Backward
   static constexpr bool kHere = true;
 #endif
 
+  static constexpr int kInfo = KEYS ? 2 * kStream : kStay;  // rows with stats, of two stages where they stream
+
   // tiles: those that stay, 1 or 2.
   static size_t shared_bytes(int tiles, int stages) {
-    const size_t columns = D * sizeof(T), info = OPTIONS ? sizeof(Row) : 0;
-    return (size_t(tiles) * kStay + size_t(stages) * 2 * kStream) * columns +
-           (KEYS ? size_t(stages) * kStream : size_t(kStay)) * (sizeof(RowStats) + info);
+    return (size_t(tiles) * kStay + size_t(stages) * 2 * kStream) * D * sizeof(T) +
+           kInfo * (sizeof(RowStats) + (OPTIONS ? sizeof(Row) : 0));
   }
 };
 
@@ -149,7 +152,6 @@ template <class S> struct ScoreTiles {
   const Sequence& s;
   int b;
   int stay;                      // its first row or key
-  Range seen;                    // by this lane's first key, where keys stay
 
   // stats, rows: of the tile's rows that stream, or of the warp's that stay.
   template <bool EDGE>
@@ -178,6 +180,8 @@ template <class S> struct ScoreTiles {
         }
       }
     };
+    // By this lane's first key, where keys stay. Found for each tile at an edge: registers are dearer.
+    const Range seen = EDGE && S::kKeys ? rows_seeing(s, a.group, stay + g) : Range{};
     const auto sees_it = [&](int m, int n, int c) {
       const int at = stream + passes(n, c);
       if constexpr (S::kKeys) {
@@ -270,24 +274,6 @@ FASTLM_DEVICE void copy_stats(RowStats* to, const RowStats* from, int rows) {
   static_assert(ROWS / 2 <= THREADS);
   const int x = 2 * int(threadIdx.x);
   if (x < ROWS) cp_async(to + x, from + x, x < rows);
-}
-
-// load(n, stage) starts copies of tile n, use(n, stage) reads it, for the tiles from `from` up to `to`; with
-// two stages one tile is under way while another is used.
-template <class Load, class Use>
-FASTLM_DEVICE void stream_tiles(int from, int to, int stages, const Load& load, const Use& use) {
-  const int ahead = stages - 1;
-  for (int n = from - ahead; n < to; ++n) {
-    cp_async_wait<0>();
-    __syncthreads();
-    if (n + ahead < to) load(n + ahead, (n + ahead) & ahead);
-    cp_async_commit();
-    if (!ahead) {
-      cp_async_wait<0>();
-      __syncthreads();
-    }
-    if (n >= from) use(n, n & ahead);
-  }
 }
 
 // A warp's sums, times factor, through its rows of a tile from `row` on, which it alone reads, to global

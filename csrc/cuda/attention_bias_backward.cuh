@@ -49,7 +49,7 @@ FASTLM_DEVICE void mask_products(const AttentionBackwardParams& p, const Sequenc
     copy_tile<kMaskKeys, kMaskThreads>(key_tile(stage), (scores ? k : v) + column, scores ? a.ks.t : a.vs.t,
                                        s.Tk - j0, columns);
   };
-  stream_tiles(0, all, 2, load, [&](int n, int stage) {
+  stream_tiles(0, all, 1, 2, load, [&](int n, int stage) {
     if (n < chunks) multiply_rows<S::kColumns>(x, row_tile(stage), warp, key_tile(stage), 0);
     else multiply_rows<S::kColumns>(d, row_tile(stage), warp, key_tile(stage), 0);
   });
@@ -73,7 +73,7 @@ FASTLM_DEVICE void add_score_gradients(const AttentionBackwardParams& p, const S
   }
   float x[1][kMaskKeys / 8][4] = {}, d[1][kMaskKeys / 8][4] = {};
   mask_products<T>(p, s, b, head, i0, j0, x, d);
-  ScoreTiles<S>{p, s, b, i0 + warp, {}}.template differentiate<true>(x, d, j0, stats + warp, rows + warp);
+  ScoreTiles<S>{p, s, b, i0 + warp}.template differentiate<true>(x, d, j0, stats + warp, rows + warp);
 #pragma unroll
   for (int n = 0; n < kMaskKeys / 8; ++n) {
 #pragma unroll

@@ -40,13 +40,12 @@ constexpr size_t forward_shared_bytes(int row_warps, int key_warps, int stages) 
 
 // ---- copies --------------------------------------------------------------------------------
 
-// Keys from `first` on into a tile, zeros behind the last.
+// Keys from `first` on into a tile, zeros behind the last. base: of the tensor's pages, or of the head's keys.
 template <int ROWS, int THREADS, class T, int COLUMNS>
 FASTLM_DEVICE void copy_keys(const AttentionParams& p, const Sequence& s, const HeadStrides& at, Tile<T, COLUMNS> tile,
-                             const void* from, int b, int h, int first, int columns) {
-  const T* const base = static_cast<const T*>(from);
+                             const T* base, int b, int h, int first, int columns) {
   if (!p.table) {
-    copy_tile<ROWS, THREADS>(tile, base + offset_of(at, b, s.k0, h, first), at.t, s.Tk - first, columns);
+    copy_tile<ROWS, THREADS>(tile, base + first * at.t, at.t, s.Tk - first, columns);
     return;
   }
   constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAtOnce = THREADS / kChunks;
@@ -74,14 +73,6 @@ FASTLM_DEVICE void copy_queries(const AttentionParams& p, const Sequence& s, Til
   }
 }
 
-// Waits for the oldest copies: behind them stages - 1 tiles of K and as many of V are on their way.
-FASTLM_DEVICE void wait_for_tile(int stages) {
-  if (stages == 1) cp_async_wait<0>();
-  else if (stages == 2) cp_async_wait<2>();
-  else cp_async_wait<4>();
-  __syncthreads();
-}
-
 // ---- one piece of keys ---------------------------------------------------------------------
 
 // Weights that dropout takes become 0. Two neighbours t share what they draw: four keys of two rows.
@@ -103,8 +94,8 @@ FASTLM_DEVICE void drop(const AttentionParams& p, const Row& up, const Row& down
   }
 }
 
-// Sums of a warp's 16 M rows, those at g and at g + 8 of each 16 in this lane, under the maxima m of their
-// scores, which are in units of `factor` in base 2. l has this lane's columns only.
+// Sums of a warp's 16 M rows, those at g and at g + 8 of each 16 in this lane, under maxima m of their logits.
+// l has this lane's columns only.
 template <int M, int N> struct RowSums {
   float out[M][N][4], m[M][2], l[M][2];
 
@@ -119,42 +110,58 @@ template <int M, int N> struct RowSums {
   }
 };
 
-// Rescales the sums to the new maxima, and turns scores into weights, which are added to l.
-template <int M, int N, int P>
+// How far, in base 2, a row's logits get ahead of its maximum before that and the sums follow. Behind the first keys
+// they seldom do, and weights of 2^8 fit float16. In float32, where products take the time, there is nothing to gain.
+template <class T> inline constexpr float kLag = sizeof(T) == 2 ? 8 : 0;
+
+// Turns scores, in units of `factor`, into weights, which are added to l.
+template <class T, int M, int N, int P>
 FASTLM_DEVICE void softmax_piece(RowSums<M, N>& sums, float (&x)[M][P][4], float factor) {
-  float alpha[M][2];
-  bool same = true;
+  const auto lags = [](float m, float top) { return top > m + kLag<T>; };
+  float top[M][2];
+  bool any = false;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = sums.m[m][half];
+      top[m][half] = fmaxf(x[m][0][2 * half], x[m][0][2 * half + 1]);
 #pragma unroll
-      for (int n = 0; n < P; ++n) top = fmaxf(top, fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
-      top = warp_max<4>(top);
-      const float shift = top == -kInfinity ? 0 : top * factor;  // of a row that has seen no key: 0
-      alpha[m][half] = exp2_fast(sums.m[m][half] * factor - shift);
-      same = same && alpha[m][half] == 1;
-      sums.m[m][half] = top;
-      float l = sums.l[m][half] * alpha[m][half];
+      for (int n = 1; n < P; ++n) top[m][half] = fmaxf(top[m][half], fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
+      top[m][half] *= factor;
+      any = any || lags(sums.m[m][half], top[m][half]);
+    }
+  }
+  if (__any_sync(kAllLanes, any)) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        top[m][half] = warp_max<4>(top[m][half]);
+        const bool follow = lags(sums.m[m][half], top[m][half]);
+        const float alpha = follow ? exp2_fast(sums.m[m][half] - top[m][half]) : 1;
+        if (follow) sums.m[m][half] = top[m][half];
+        sums.l[m][half] *= alpha;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          sums.out[m][n][2 * half] *= alpha;
+          sums.out[m][n][2 * half + 1] *= alpha;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float shift = sums.m[m][half] == -kInfinity ? 0 : sums.m[m][half];  // of a row that has seen no key: 0
 #pragma unroll
       for (int n = 0; n < P; ++n) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
           x[m][n][e] = exp2_fast(x[m][n][e] * factor - shift);
-          l += x[m][n][e];
+          sums.l[m][half] += x[m][n][e];
         }
       }
-      sums.l[m][half] = l;
-    }
-  }
-  if (__all_sync(kAllLanes, same)) return;  // maxima change seldom behind the first keys
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums.out[m][n][e] *= alpha[m][e / 2];
     }
   }
 }
@@ -164,7 +171,7 @@ FASTLM_DEVICE void softmax_piece(RowSums<M, N>& sums, float (&x)[M][P][4], float
 // Adds up the sums of the warps that share rows, in their order, in the first. scratch: kJoined floats for
 // each of the others, as [number][lane].
 template <int NUMBERS, int M, int N>
-FASTLM_DEVICE void join_warps(RowSums<M, N>& sums, float* scratch, int row_warps, int key_warps, float factor) {
+FASTLM_DEVICE void join_warps(RowSums<M, N>& sums, float* scratch, int row_warps, int key_warps) {
   const int warp = warp_index(), part = warp / row_warps;
   scratch += lane_index();
   if (part > 0 && part < key_warps) {
@@ -193,9 +200,9 @@ FASTLM_DEVICE void join_warps(RowSums<M, N>& sums, float* scratch, int row_warps
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float old = sums.m[m][half], other = load_shared(from + (4 * m + half) * 32);
-        const float top = fmaxf(old, other), shift = top == -kInfinity ? 0 : top * factor;
-        mine[half] = exp2_fast(old * factor - shift);
-        theirs[half] = exp2_fast(other * factor - shift);
+        const float top = fmaxf(old, other), shift = top == -kInfinity ? 0 : top;
+        mine[half] = exp2_fast(old - shift);
+        theirs[half] = exp2_fast(other - shift);
         sums.m[m][half] = top;
         sums.l[m][half] = sums.l[m][half] * mine[half] + load_shared(from + (4 * m + 2 + half) * 32) * theirs[half];
       }
@@ -237,92 +244,83 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
   const AttentionParams& a = p.a;
 
   // The last rows of a causal sequence see the most keys: these blocks go first.
-  uint32_t x = blockIdx.x;
+  const uint32_t x = blockIdx.x;
   const int split = int(x % uint32_t(p.splits));
-  x /= uint32_t(p.splits);
-  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - int(x % uint32_t(p.blocks))) * block_rows;
-  x /= uint32_t(p.blocks);
-  const int hkv = int(x % uint32_t(a.Hkv)), b = int(x / uint32_t(a.Hkv));
+  const auto [turn, hkv, b] = turn_of(a, x / uint32_t(p.splits), p.blocks, p.together);
+  const int block_rows = kRows * p.row_warps, first = (p.blocks - 1 - turn) * block_rows;
   const Sequence s = sequence_of(a, b);
   const int rows = s.Tq * a.group;
   const KeySplits splits = splits_of(p, s.Tk);
   if (first >= rows || split >= splits.count) return;
 
-  // Pieces of keys: those of the block, and those that this warp's rows see.
   const int lo = split * splits.keys, hi = s.Tk - lo > splits.keys ? lo + splits.keys : s.Tk;
   const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
   const int part = warp / p.row_warps, warp_row = warp % p.row_warps * kRows, r = first + warp_row;
   const bool working = part < p.key_warps && r < rows;
-  const auto pieces_of = [&](int from, int n) {
-    const int last = from + n < rows ? from + n - 1 : rows - 1;
-    return key_blocks<kPiece>(s, from / a.group, last / a.group, lo, hi);
-  };
-  const KeyBlocks all = pieces_of(first, block_rows), mine = pieces_of(working ? r : first, kRows);
+  const int last = min(first + block_rows, rows) - 1;
+  const KeyBlocks pieces = key_blocks<kPiece>(s, first / a.group, last / a.group, lo, hi);
 
   Tile<T, kD> q{reinterpret_cast<T*>(shared_memory())};
   T* const ring = q.data + block_rows * kD;
   const int tile_size = p.key_warps * kPiece * kD;
   const auto k_tile = [&](int stage) { return Tile<T, kD>{ring + 2 * stage * tile_size}; };
   const auto v_tile = [&](int stage) { return Tile<T, kD>{ring + (2 * stage + 1) * tile_size}; };
-  const auto fetch = [&](Tile<T, kD> tile, const HeadStrides& at, const void* from, int columns, int n) {
-    for (int i = 0; i < p.key_warps && n >= all.begin && n + i < all.end; ++i) {
-      copy_keys<kPiece, kThreads>(a, s, at, tile, from, b, hkv, (n + i) * kPiece, columns);
-      tile.data += kPiece * kD;
+  const T* const k_base = static_cast<const T*>(a.k) + (a.table ? 0 : offset_of(a.ks, b, s.k0, hkv, 0));
+  const T* const v_base = static_cast<const T*>(a.v) + (a.table ? 0 : offset_of(a.vs, b, s.k0, hkv, 0));
+  const auto load = [&](int n, int stage) {
+    Tile<T, kD> k = k_tile(stage), v = v_tile(stage);
+    for (int i = n; i < min(n + p.key_warps, pieces.end); ++i) {
+      copy_keys<kPiece, kThreads>(a, s, a.ks, k, k_base, b, hkv, i * kPiece, a.D);
+      copy_keys<kPiece, kThreads>(a, s, a.vs, v, v_base, b, hkv, i * kPiece, a.Dv);
+      k.data += kPiece * kD;
+      v.data += kPiece * kD;
     }
-    cp_async_commit();
   };
   copy_queries<kThreads>(a, s, q, b, hkv, first, block_rows);
 
-  Row row[kM][2];
+  Row row[kM][2];  // without options found again where a piece is masked: registers are dearer
+  const auto find_rows = [&] {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    row[m][0] = row_of(a, s, b, hkv, r + 16 * m + g);
-    row[m][1] = row_of(a, s, b, hkv, r + 16 * m + g + 8);
-  }
+    for (int m = 0; m < kM; ++m) {
+      row[m][0] = row_of(a, s, b, hkv, r + 16 * m + g);
+      row[m][1] = row_of(a, s, b, hkv, r + 16 * m + g + 8);
+    }
+  };
+  if constexpr (OPTIONS) find_rows();
   const float factor = OPTIONS ? 1 : a.scale * kLog2e;
   RowSums<kM, kN> sums;
-  // K is `stages` tiles ahead of its use, V one less: the first `stages` turns only copy.
-  int stage = 0;
-  for (int n = all.begin - p.stages * p.key_warps; n < all.end; n += p.key_warps) {
+  const auto use = [&](int n, int stage) {
     const int piece = n + part, start = piece * kPiece + 2 * t;
-    const bool busy = working && piece >= mine.begin && piece < mine.end;
-    const int before = stage == 0 ? p.stages - 1 : stage - 1, ahead = n + (p.stages - 1) * p.key_warps;
+    if (!working || piece >= pieces.end) return;
     float scores[kM][kPiece / 8][4] = {};
-
-    wait_for_tile(p.stages);
-    fetch(v_tile(before), a.vs, a.v, a.Dv, ahead);
-    if (busy) {
-      multiply_rows<kD>(scores, q, warp_row, k_tile(stage), part * kPiece);
-      const auto key_at = [&](int, int n, int c) { return start + 8 * n + c % 2; };
-      if constexpr (OPTIONS) {  // one tile of 16 rows at a time: of more, the loads of a mask take too many registers
+    multiply_rows<kD>(scores, q, warp_row, k_tile(stage), part * kPiece);
+    const auto key_at = [&](int, int n, int c) { return start + 8 * n + c % 2; };
+    if constexpr (OPTIONS) {  // one tile of 16 rows at a time: of more, the loads of a mask take too many registers
 #pragma unroll
-        for (int m = 0; m < kM; ++m)
-          logits<T>(a, s, reinterpret_cast<float (&)[1][kPiece / 8][4]>(scores[m]),
-                    [&](int, int, int c) -> const Row& { return row[m][c / 2]; }, key_at, [](int, int, int, float) {});
-      }
-      if (kAllMasked || piece < mine.full_begin || piece >= mine.full_end) {
+      for (int m = 0; m < kM; ++m)
+        logits<T>(a, s, reinterpret_cast<float (&)[1][kPiece / 8][4]>(scores[m]),
+                  [&](int, int, int c) -> const Row& { return row[m][c / 2]; }, key_at, [](int, int, int, float) {});
+    }
+    if (kAllMasked || piece < pieces.full_begin || piece >= pieces.full_end) {
+      if constexpr (!OPTIONS) find_rows();
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-          for (int n = 0; n < kPiece / 8; ++n) {
+        for (int n = 0; n < kPiece / 8; ++n) {
 #pragma unroll
-            for (int c = 0; c < 4; ++c)
-              if (!sees(s, row[m][c / 2].i, key_at(m, n, c))) scores[m][n][c] = -kInfinity;
-          }
+          for (int c = 0; c < 4; ++c)
+            if (!sees(s, row[m][c / 2].i, key_at(m, n, c))) scores[m][n][c] = -kInfinity;
         }
       }
-      softmax_piece(sums, scores, factor);
-      if (OPTIONS && a.dropout) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) drop(a, row[m][0], row[m][1], b, piece * kPiece, scores[m]);
-      }
     }
-
-    wait_for_tile(p.stages);
-    fetch(k_tile(stage), a.ks, a.k, a.D, ahead + p.key_warps);
-    if (busy) multiply_registers(sums.out, scores, v_tile(stage), part * kPiece, 0);
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
-  }
+    softmax_piece<T>(sums, scores, factor);
+    if (OPTIONS && a.dropout) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) drop(a, row[m][0], row[m][1], b, piece * kPiece, scores[m]);
+    }
+    multiply_registers(sums.out, scores, v_tile(stage), part * kPiece, 0);
+  };
+  stream_tiles(pieces.begin, pieces.end, p.key_warps, p.stages, load, use);
   cp_async_wait<0>();  // of Q, where no key is seen
   __syncthreads();
 
@@ -332,7 +330,7 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
     sums.l[m][1] = warp_sum<4>(sums.l[m][1]);
   }
   if (p.key_warps > 1)
-    join_warps<kJoined<kM, kD>>(sums, reinterpret_cast<float*>(ring), p.row_warps, p.key_warps, factor);
+    join_warps<kJoined<kM, kD>>(sums, reinterpret_cast<float*>(ring), p.row_warps, p.key_warps);
   if (!working || part > 0) return;
 
   const int64_t partial = ((int64_t(b) * a.Hkv + hkv) * p.splits + split) * p.rows_most + r;
@@ -342,8 +340,8 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = 16 * m + 8 * half + g;
-      const float* const sink = a.sinks && p.splits == 1 ? a.sinks + row[m][half].head : nullptr;
-      const Normaliser norm = normalise(sums.m[m][half] * factor, sums.l[m][half], sink);
+      const float* const sink = a.sinks && p.splits == 1 ? a.sinks + hkv * a.group + (r + at) % a.group : nullptr;
+      const Normaliser norm = normalise(sums.m[m][half], sums.l[m][half], sink);
       const float scale = norm.scale * a.keep_scale, theirs = __shfl_sync(kAllLanes, norm.lse, lane % 8 * 4);
       if (lane / 8 == 2 * m + half) lse = theirs;
 #pragma unroll

@@ -13,6 +13,7 @@ struct ForwardParams {
   AttentionParams a;
   int64_t rows_most;         // rows of a key head, at most
   int blocks;                // of rows
+  int together;              // heads_together
   int row_warps, key_warps;
   int stages;                // 1 to 3
   int splits;                // of the keys of any sequence, at most; 1: none, and results are final

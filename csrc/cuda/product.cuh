@@ -72,8 +72,7 @@ FASTLM_DEVICE void multiply_rows(float (&c)[M][N][4], Tile<T, A> a, int row, Til
     static_assert(K % kStep == 0 && N % 2 == 0);
     const uint32_t in_a = a.offset(row + lane % 16, lane / 16);
     const uint32_t in_b = b.offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    [[maybe_unused]] constexpr int kAtOnce = M * N < 16 ? 4 : 1;  // for more, registers lack
-#pragma unroll kAtOnce
+#pragma unroll 4
     for (uint32_t k = 0; k < K / kStep; ++k) {
       uint32_t x[M][4];
 #pragma unroll
