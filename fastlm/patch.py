@@ -335,7 +335,7 @@ def install() -> None:
     Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, varlen_attn,
     nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
     kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so does a GPU,
-    until it has been measured there what is faster. A second call changes nothing. Threads see the change
+    where it depends on the operator what is faster. A second call changes nothing. Threads see the change
     at once.
     """
     global _by_install

@@ -47,9 +47,9 @@ def always(tensor: torch.Tensor) -> bool:
 
 
 # Operator -> families, and whether each is asked for a call whose main input (query, logits ...) this is.
-# On a GPU the first serves that is there, is asked and does not refuse. A guess, until a report of
-# `make gpu-check` says which is faster where: ("triton", lambda query: query.size(-1) > 128) may then
-# stand before ("cuda", always).
+# On a GPU the first serves that is there, is asked and does not refuse. On an H100 that order is the faster one in
+# nearly every shape (benchmarks/NOTES.md); what a report of `make gpu-check` says of another GPU can be written as
+# ("triton", lambda query: query.size(-1) > 128) before ("cuda", always).
 Rules = tuple[tuple[str, Callable[[torch.Tensor], bool]], ...]
 ON_GPU: dict[str, Rules] = {
     "attention_forward": (("cuda", always), ("triton", always)),
