@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.varlen import AuxRequest
 
@@ -317,6 +318,7 @@ def change(**replacements):
         ({"scale": math.inf}, ValueError, "scale is inf, expected a finite number"),
         ({"window_size": (1,)}, ValueError, r"window_size is \(1,\), expected two integers"),
         ({"window_size": (-2, 0)}, ValueError, r"window_size is \(-2, 0\), expected two integers"),
+        ({"window_size": (torch.ones(2), 0)}, ValueError, "window_size is .*, expected two integers"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0, expected a finite number >= 0"),
         ({"softcap": math.nan}, ValueError, "softcap is nan, expected a finite number >= 0"),
         (
@@ -458,3 +460,17 @@ def test_changed_before_its_backward_is_an_error():
     for create_graph in (False, True):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(out.sum(), q, create_graph=create_graph, retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_rows_that_share_memory(dtype, isa):
+    """Every key, or every value, in one place: the bits of copies in places of their own."""
+    q, k, v, upstream = torch.randn(4, 2, 2, 37, 16, dtype=dtype).unbind()
+    for key, value in ((k[:, :, :1].expand_as(k), v), (k, v[:, :, :1].expand_as(v))):
+        results = []
+        for places in (Tensor.detach, Tensor.contiguous):
+            inputs = [x.requires_grad_() for x in (q.detach(), places(key.detach()), places(value.detach()))]
+            out = sdpa(*inputs, is_causal=True)
+            results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+        for shared, own in zip(*results, strict=True):
+            assert torch.equal(shared, own)

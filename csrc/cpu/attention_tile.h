@@ -111,7 +111,7 @@ FASTLM_INLINE int64_t row_offset(const RowBlock<T>& rows, AttentionStrides s, in
 
 // Words of one column of two rows of n bf16 each; without a second row, 0 stands for it.
 FASTLM_INLINE void pair_rows(int64_t n, const bf16* even, const bf16* odd, uint32_t* dst) {
-  Pack<uint32_t>::across(n, even, 1, odd ? odd - even : 0, dst);
+  Pack<uint32_t>::across(n, even, 1, odd, dst);
 }
 
 // dst[d][lane] = row of each lane, as operand (d counts pairs where these are paired). `tmp` holds

@@ -172,15 +172,15 @@ FASTLM_INLINE void convert_row(int64_t n, const S* src, int64_t stride, T* dst) 
 }
 
 // The two ways a product reads a strided matrix. Along k: n elements of one row of A or one column of
-// B, `stride` apart. Across k: n elements of step k, `stride` apart; Bf16Pair takes step k + 1 too,
-// `next` elements further, or a zero where next is 0.
+// B, `stride` apart. Across k: n elements of step k, `stride` apart; Bf16Pair takes those of step k + 1 at
+// `next` too, or zeros where that is null.
 template <class T> struct Pack {
   static constexpr int kPair = 1;
   template <class S> static FASTLM_INLINE void along(int64_t n, const S* src, int64_t stride, T* dst) {
     convert_row(n, src, stride, dst);
   }
   template <class S>
-  static FASTLM_INLINE void across(int64_t n, const S* src, int64_t stride, int64_t, T* dst) {
+  static FASTLM_INLINE void across(int64_t n, const S* src, int64_t stride, const S*, T* dst) {
     convert_row(n, src, stride, dst);
   }
 };
@@ -197,14 +197,14 @@ template <> struct Pack<uint32_t> {
     for (int64_t i = 0; i + 2 <= n; i += 2) dst[i / 2] = word(src[i * stride], src[(i + 1) * stride]);
     if (n % 2) dst[n / 2] = src[(n - 1) * stride].bits;
   }
-  static FASTLM_INLINE void across(int64_t n, const bf16* src, int64_t stride, int64_t next, uint32_t* dst) {
+  static FASTLM_INLINE void across(int64_t n, const bf16* src, int64_t stride, const bf16* next, uint32_t* dst) {
     int64_t i = 0;
     if (stride == 1 && next)
       for (; i + kLanes<float> <= n; i += kLanes<float>) {
-        const Words words = interleave(load_raw<Half>(src + i), load_raw<Half>(src + i + next));
+        const Words words = interleave(load_raw<Half>(src + i), load_raw<Half>(next + i));
         __builtin_memcpy(dst + i, &words, sizeof words);
       }
-    for (; i < n; ++i) dst[i] = word(src[i * stride], next ? src[i * stride + next] : bf16{0});
+    for (; i < n; ++i) dst[i] = word(src[i * stride], next ? next[i * stride] : bf16{0});
   }
 };
 
@@ -233,7 +233,7 @@ inline void pack_row_panels(int64_t M, int64_t K, const S* src, int64_t ak, E* d
       const E* row = run;
       for (int64_t i = 0; i < Pack<E>::kPair; ++i) prefetch(n, from + (kAhead + i) * ak);
       if constexpr (__is_same(E, S)) row = from;
-      else Pack<E>::across(n, from, 1, k + 1 < K ? ak : 0, run);
+      else Pack<E>::across(n, from, 1, k + 1 < K ? from + ak : nullptr, run);
       E* to = dst + m0 * words + w * kMR;
       int64_t m = 0;
       for (; m + kMR <= n; m += kMR) __builtin_memcpy(to + m * words, row + m, kMR * sizeof(E));
@@ -258,7 +258,7 @@ inline void pack_panel(int64_t K, int64_t n, const S* src, int64_t bk, int64_t b
     const int64_t k = w * kPair;
     if (bn == 1)
       for (int64_t i = 0; i < kPair; ++i) prefetch(n, src + (k + kAhead + i) * bk);
-    Pack<E>::across(n, src + k * bk, bn, k + 1 < K ? bk : 0, panel + w * ldd);
+    Pack<E>::across(n, src + k * bk, bn, k + 1 < K ? src + (k + 1) * bk : nullptr, panel + w * ldd);
   }
 }
 

@@ -72,12 +72,12 @@ template <class S, class E> void pack_units(const GruParams& p, const BackwardSp
   const auto row = [&](int64_t k) { return w + (k < H ? k + 2 * H : k - H) * H; };
   parallel(p.pool, K, 32, [&](int64_t begin, int64_t end) {
     for (int64_t step = begin; step < end; ++step) {
-      const int64_t k = step * kPair, next = k + 1 < 3 * H ? row(k + 1) - row(k) : 0;
+      const int64_t k = step * kPair;
       for (int64_t part = 0; part < space.division.parts; ++part)
         each_panel(space.begin(part), space.begin(part + 1), [&](int64_t v, int64_t n) {
           E* const to = panels + (v * K + step * n) * kL;
           const int64_t units = least(n * kL, H - v * kL);
-          Pack<E>::across(units, row(k) + v * kL, 1, next, to);
+          Pack<E>::across(units, row(k) + v * kL, 1, k + 1 < 3 * H ? row(k + 1) + v * kL : nullptr, to);
           for (int64_t i = units; i < n * kL; ++i) to[i] = E(0);
         });
     }

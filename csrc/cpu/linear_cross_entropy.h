@@ -214,7 +214,7 @@ template <class S> struct LinearCrossEntropy {
         Pack<E>::along(p.D, x, 1, row);
         for (int64_t k = 0; k < depth(); ++k) xt[k * w + i] = row[k];
         if (!p.dlinear_weight || i % kPair != 0) continue;
-        if constexpr (kPair > 1) Pack<E>::across(p.D, x, 1, i + 1 < n ? p.D : 0, row);
+        if constexpr (kPair > 1) Pack<E>::across(p.D, x, 1, i + 1 < n ? x + p.D : nullptr, row);
         for (int64_t d = p.D; d < round_up(p.D, kNR); ++d) row[d] = 0;
         for (int64_t d = 0; d < p.D; d += kNR)
           __builtin_memcpy(x_panel(block, d / kNR) + (panel * kNR + i) / kPair * kNR, row + d, kNR * sizeof(E));

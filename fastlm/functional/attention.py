@@ -29,6 +29,15 @@ def _attention_error(message: str) -> UnfitValue:
     return UnfitValue(f"fastlm.scaled_dot_product_attention: {message}")
 
 
+def _is_no_window(window_size) -> bool:
+    return (
+        type(window_size) is tuple
+        and len(window_size) == 2
+        and type(window_size[0]) is type(window_size[1]) is int
+        and window_size == (-1, -1)
+    )
+
+
 def _check_window(name: str, window_size) -> tuple[int, int]:
     """Both widths, no larger than any need be."""
     if (
@@ -290,7 +299,7 @@ def scaled_dot_product_attention(
         and dropout_p == softcap == 0
         and type(enable_gqa) is bool
         and return_lse is False
-        and window_size == (-1, -1)
+        and _is_no_window(window_size)
         and not has_torch_function_variadic(query, key, value)
         and (out := _plain(query, key, value, is_causal, enable_gqa)) is not None
     ):
@@ -329,7 +338,7 @@ def scaled_dot_product_attention(
     check_number(name, "softcap", softcap)
     if not 0.0 <= dropout_p <= 1.0:
         raise _attention_error(f"dropout_p is {dropout_p}, expected a probability between 0 and 1")
-    if window_size != (-1, -1):
+    if not _is_no_window(window_size):
         window_size = _check_window(name, window_size)
     if not 0.0 <= softcap < math.inf:
         raise _attention_error(f"softcap is {softcap}, expected a finite number >= 0")
