@@ -1,7 +1,8 @@
-// Memory of large results. Beyond malloc's largest threshold each result is new memory, whose pages the system
-// clears before they are written: a cross-entropy waits as long for that as it computes. So the memory of a freed
-// result is kept for the next one. The system may take its pages back whenever it runs short (MADV_FREE), and a
-// forked process gets none of them (MADV_WIPEONFORK).
+// Memory of large results. What malloc maps, or gives back when its top is free, is new memory the next time, whose
+// pages the system clears before they are written: a cross-entropy waits as long for that as it computes, and a third
+// of a training step goes by in page faults. So the memory of a freed result is kept for the next one, in huge pages.
+// The system may take its pages back whenever it runs short (MADV_FREE), and a forked process gets none of them
+// (MADV_WIPEONFORK).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +10,6 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <atomic>
 #include <vector>
 #endif
@@ -18,51 +18,36 @@ namespace fastlm {
 
 class KeptMemory {
  public:
-  // glibc's DEFAULT_MMAP_THRESHOLD_MAX.
-  static constexpr size_t kLeast = size_t(32) << 20;
+  static constexpr size_t kLeast = size_t(1) << 20;
 
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_WIPEONFORK) && defined(MADV_HUGEPAGE)
   // A block of at least so many bytes, aligned to a huge page; null where the system refuses. `size` is the
   // block's own.
   static void* take(size_t bytes, size_t* size) {
-    std::vector<Block> useless;
-    {
-      const Hold hold;
-      if (hold.mine) {
-        std::vector<Block>& kept = blocks();
-        const auto fits = [&](const Block& b) { return b.size >= bytes; };
-        const auto least = std::partition(kept.begin(), kept.end(), fits);
-        const auto best =
-            std::min_element(kept.begin(), least, [](const Block& a, const Block& b) { return a.size < b.size; });
-        if (best != least) {
-          const Block b = *best;
-          kept.erase(best);
-          madvise(b.data, b.size, MADV_KEEPONFORK);
-          *size = b.size;
-          return b.data;
-        }
-        useless.swap(kept);  // so that what is kept is never more than what was once in use
-      }
-    }
-    for (const Block& b : useless) munmap(b.data, b.size);
-    return map(bytes, size);
+    Block found = take_kept(bytes);
+    if (found.data) madvise(found.data, found.size, MADV_KEEPONFORK);
+    else found = map(bytes);
+    *size = found.size;
+    const size_t now = used += found.size;
+    for (size_t most = most_used; now > most && !most_used.compare_exchange_weak(most, now);) {}
+    return found.data;
   }
 
   static void give(void* data, size_t size) {
-    if (!madvise(data, size, MADV_WIPEONFORK) && !madvise(data, size, MADV_FREE)) {
-      const Hold hold;
-      if (hold.mine) {
-        blocks().push_back({data, size});
-        return;
-      }
+    used -= size;
+    std::vector<Block> surplus;
+    if (madvise(data, size, MADV_WIPEONFORK) || madvise(data, size, MADV_FREE)) {
+      surplus.push_back({data, size});
+    } else {
+      surplus = keep({data, size});
     }
-    munmap(data, size);
+    for (const Block& b : surplus) munmap(b.data, b.size);
   }
 
  private:
   struct Block {
-    void* data;
-    size_t size;
+    void* data = nullptr;
+    size_t size = 0;
   };
 
   // The blocks for one thread, unless another has them. Nobody waits: a process may have been forked meanwhile.
@@ -73,24 +58,55 @@ class KeptMemory {
     }
   };
   static inline std::atomic_flag busy;
+  static inline std::atomic<size_t> used{0}, most_used{0};  // bytes in results, now and ever
+  static inline size_t kept = 0;                            // bytes in blocks()
 
-  // Never destroyed: a tensor may outlive every static object.
+  // From that given first to that given last. Never destroyed: a tensor may outlive every static object.
   static std::vector<Block>& blocks() {
-    static auto* const kept = new std::vector<Block>;
-    return *kept;
+    static auto* const all = new std::vector<Block>;
+    return *all;
   }
 
-  static void* map(size_t bytes, size_t* size) {
-    constexpr size_t kHuge = size_t(2) << 20;
-    *size = (bytes + kHuge - 1) / kHuge * kHuge;
-    void* const mapped = mmap(nullptr, *size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) return nullptr;
+  // The smallest that fits, unless it is more than twice what is asked for.
+  static Block take_kept(size_t bytes) {
+    const Hold hold;
+    if (!hold.mine) return {};
+    std::vector<Block>& all = blocks();
+    auto best = all.end();
+    for (auto b = all.begin(); b != all.end(); ++b)
+      if (b->size >= bytes && b->size / 2 <= bytes && (best == all.end() || b->size < best->size)) best = b;
+    if (best == all.end()) return {};
+    const Block found = *best;
+    kept -= found.size;
+    all.erase(best);
+    return found;
+  }
+
+  // Returns what is too much then: no more is kept than was once in use.
+  static std::vector<Block> keep(Block b) {
+    const Hold hold;
+    if (!hold.mine) return {b};
+    std::vector<Block>& all = blocks();
+    all.push_back(b);
+    kept += b.size;
+    auto end = all.begin();
+    for (; kept > most_used; ++end) kept -= end->size;
+    std::vector<Block> surplus(all.begin(), end);
+    all.erase(all.begin(), end);
+    return surplus;
+  }
+
+  static Block map(size_t bytes) {
+    constexpr size_t kHuge = size_t(2) << 20, kUnit = size_t(64) << 10;  // a multiple of every system's pages
+    const size_t size = (bytes + kUnit - 1) / kUnit * kUnit;
+    void* const mapped = mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return {};
     const uintptr_t begin = reinterpret_cast<uintptr_t>(mapped), first = (begin + kHuge - 1) / kHuge * kHuge;
     if (first > begin) munmap(mapped, first - begin);
-    if (first < begin + kHuge) munmap(reinterpret_cast<void*>(first + *size), begin + kHuge - first);
+    if (first < begin + kHuge) munmap(reinterpret_cast<void*>(first + size), begin + kHuge - first);
     void* const data = reinterpret_cast<void*>(first);
-    madvise(data, *size, MADV_HUGEPAGE);  // a system without huge pages leaves ordinary ones
-    return data;
+    madvise(data, size, MADV_HUGEPAGE);  // a system without huge pages leaves ordinary ones
+    return {data, size};
   }
 #else
   static void* take(size_t, size_t*) { return nullptr; }

@@ -48,6 +48,7 @@ FASTLM_LIBRARY(fastlm, m) {
       "Tensor dlinear_bias)");
   m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
   m.def("linear(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("new_empty(Tensor self, int[] size, ScalarType dtype) -> Tensor");
   m.def(
       "gru_layer(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor[] weights, bool has_biases, "
       "bool layer_norm, Tensor? update, float zoneout, bool save) -> (Tensor output, Tensor hn, "

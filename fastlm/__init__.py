@@ -7,6 +7,7 @@ import fastlm.ops.flops  # noqa: F401 - what FlopCounterMode counts
 from fastlm import distributed, nn
 from fastlm.functional import (
     cross_entropy,
+    embedding,
     gru,
     gru_cell,
     linear,
@@ -23,6 +24,7 @@ __all__ = [
     "convert",
     "cross_entropy",
     "distributed",
+    "embedding",
     "gru",
     "gru_cell",
     "install",

@@ -11,7 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlm import functional
 from fastlm.functional.gru import check_probability
 
-__all__ = ["CrossEntropyLoss", "GRU", "GRUCell", "Linear", "LinearCrossEntropyLoss", "MultiheadAttention"]
+__all__ = [
+    "CrossEntropyLoss",
+    "Embedding",
+    "GRU",
+    "GRUCell",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+]
 
 # ---- MultiheadAttention -------------------------------------------------------------------
 
@@ -587,6 +595,26 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output; errors are those of the function."""
         return functional.linear(input, self.weight, self.bias)
+
+
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding on :func:`fastlm.embedding`: rows of `weight` (num_embeddings, embedding_dim).
+
+    Constructor, attributes, parameters, initialisation, `state_dict` and `repr` are those of torch.nn.Embedding,
+    of which this is a subclass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) of int64 or int32 to (..., embedding_dim); errors are those of the function."""
+        return functional.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
 
 
 # ---- TorchScript ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ class, so that isinstance, pickling and subclasses of torch's modules stay as th
     F.cross_entropy                  also by nn.CrossEntropyLoss
     F.linear_cross_entropy           also by nn.LinearCrossEntropyLoss
     F.linear                         also by nn.Linear and whatever else is made of it
+    F.embedding                      also by nn.Embedding
     torch.gru, torch._VF.gru         what nn.GRU.forward calls, whenever the GRU was made
     torch.gru_cell, torch._VF.gru_cell
     torch.nn.attention.varlen.varlen_attn
@@ -35,6 +36,7 @@ import fastlm.nn
 from fastlm import ops
 from fastlm.imports import AfterImport
 from fastlm.ops import KERNEL_DTYPES
+from fastlm.ops.embedding import embedding as ops_embedding
 from fastlm.ops.linear import linear as ops_linear
 from fastlm.reference import is_causal_bias
 
@@ -96,6 +98,7 @@ _originals: dict[str, Callable] = {
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
     "cross_entropy": F.cross_entropy,
     "linear": F.linear,
+    "embedding": F.embedding,
     "gru": torch.gru,
     "gru_cell": torch.gru_cell,
 }
@@ -204,6 +207,13 @@ def _linear(input, weight, bias=None):
     return ops_linear(input, weight, bias) if _active else _originals["linear"](input, weight, bias)
 
 
+def _embedding(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+):
+    function = ops_embedding if _active else _originals["embedding"]
+    return function(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
 def _gru(input, *args, **kwargs):
     # (input, hx, params, ...) or, packed, (data, batch_sizes, hx, params, ...)
     given = (input, *args, *kwargs.values())
@@ -292,7 +302,13 @@ def _activate() -> None:
     global _active
     if _active:
         return
-    for name in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear"):
+    for name in (
+        "scaled_dot_product_attention",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "linear",
+        "embedding",
+    ):
         if name in _originals:
             _put(F, name)
     for name in ("gru", "gru_cell"):
@@ -332,8 +348,8 @@ def _deactivate() -> None:
 def install() -> None:
     """Run every program in this process on fastlm, until :func:`uninstall`.
 
-    Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, varlen_attn,
-    nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
+    Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, F.embedding,
+    varlen_attn, nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
     kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so does a GPU,
     where it depends on the operator what is faster. A second call changes nothing. Threads see the change
     at once.
@@ -378,7 +394,7 @@ _converted = {
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Make the torch.nn modules inside a model fastlm's, in place.
 
-    GRU, GRUCell, Linear, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those of
+    Embedding, GRU, GRUCell, Linear, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those of
     :mod:`fastlm.nn` and stay the same objects: parameters, buffers, hooks, optimizers and shared
     references keep working. Subclasses of torch's modules are left alone, as they may compute
     something else.

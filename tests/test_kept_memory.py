@@ -57,6 +57,33 @@ def test_two_at_once_are_two():
     torch.testing.assert_close(a, expected(x, target))
 
 
+def test_gradients_of_a_layer_and_of_an_embedding():
+    """As in a training step: freed before the next is made."""
+    embedding = fastlm.nn.Embedding(4096, 512)
+    layer = fastlm.nn.Linear(512, 4096)
+    tokens = torch.randint(4096, (1024,))
+
+    def step():
+        embedding.weight.grad = layer.weight.grad = None
+        layer(embedding(tokens)).square().mean().backward()
+        return {embedding.weight.grad.data_ptr(), layer.weight.grad.data_ptr()}
+
+    step()
+    addresses = step()
+    with fastlm.use_backend("eager"):
+        step()
+    assert step() == addresses
+
+
+def test_small_results_leave_large_memory_alone():
+    x, target = inputs()
+    large = gradient(x, target)
+    address = large.data_ptr()
+    del large
+    small = gradient(*inputs(TOKENS // 4))
+    assert gradient(x, target).data_ptr() == address != small.data_ptr()
+
+
 def test_other_sizes():
     for N in (TOKENS, 2 * TOKENS, TOKENS + 7, TOKENS, 2 * TOKENS + 1):
         x, target = inputs(N)

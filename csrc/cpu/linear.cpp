@@ -1,4 +1,4 @@
-// fastlm::linear: tensors to the parameters of linear.h.
+// fastlm::linear: tensors to the parameters of linear.h. fastlm::new_empty: memory for products of torch's.
 #include <torch/csrc/stable/library.h>
 
 #include "../check.h"
@@ -41,7 +41,15 @@ Tensor linear(const Tensor& input, const Tensor& weight, const Optional& scale, 
   return out;
 }
 
+// As torch's, in kept memory where it is large.
+Tensor new_empty(const Tensor&, std::vector<int64_t> size, ScalarType dtype) {
+  return new_tensor(Ints(size.data(), size.size()), dtype);
+}
+
 }  // namespace
 }  // namespace fastlm
 
-STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) { m.impl("linear", TORCH_BOX(&fastlm::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
+  m.impl("linear", TORCH_BOX(&fastlm::linear));
+  m.impl("new_empty", TORCH_BOX(&fastlm::new_empty));
+}

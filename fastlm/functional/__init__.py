@@ -2,11 +2,13 @@
 
 from fastlm.functional.attention import scaled_dot_product_attention, varlen_attn
 from fastlm.functional.cross_entropy import cross_entropy, linear_cross_entropy
+from fastlm.functional.embedding import embedding
 from fastlm.functional.gru import gru, gru_cell
 from fastlm.functional.linear import linear
 
 __all__ = [
     "cross_entropy",
+    "embedding",
     "gru",
     "gru_cell",
     "linear",

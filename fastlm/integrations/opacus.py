@@ -120,5 +120,6 @@ def _refuse(module, activations, backprops):
     raise _refusal(module)
 
 
-register_grad_sampler(fastlm.nn.Linear)(GradSampleModule.GRAD_SAMPLERS[nn.Linear])
-register_norm_sampler(fastlm.nn.Linear)(GradSampleModuleFastGradientClipping.NORM_SAMPLERS[nn.Linear])
+for _ours, _theirs in ((fastlm.nn.Linear, nn.Linear), (fastlm.nn.Embedding, nn.Embedding)):
+    register_grad_sampler(_ours)(GradSampleModule.GRAD_SAMPLERS[_theirs])
+    register_norm_sampler(_ours)(GradSampleModuleFastGradientClipping.NORM_SAMPLERS[_theirs])

@@ -21,7 +21,7 @@ from fastlm import functional as fused
 from fastlm.models import llama
 from fastlm.models.base import LanguageModel, check_tokens, head_loss
 from fastlm.models.rope import check_scaling, rope_tables, rotate
-from fastlm.nn import Linear
+from fastlm.nn import Embedding, Linear
 
 
 @dataclass
@@ -240,14 +240,14 @@ class GPT(LanguageModel):
         self.max_length = config.n_positions
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": Embedding(config.vocab_size, config.n_embd),
                 "drop": nn.Dropout(config.embd_pdrop),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": make_norm(config),
             }
         )
         if config.pos == "learned":
-            self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
+            self.transformer["wpe"] = Embedding(config.n_positions, config.n_embd)
         else:
             cos, sin = rope_tables(config)
             self.register_buffer("rope_cos", cos, persistent=False)  # (n_positions, D/2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastlm.models.base import LanguageModel, check_tokens, head_loss
-from fastlm.nn import GRU, Linear
+from fastlm.nn import GRU, Embedding, Linear
 
 
 @dataclass
@@ -67,7 +67,7 @@ class GRULM(LanguageModel):
     def __init__(self, config: GRULMConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.gru = GRU(
             config.n_embd,

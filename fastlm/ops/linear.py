@@ -29,6 +29,7 @@ _is_compiling = torch.compiler.is_compiling
 # dtypes have none.
 _SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 22}
 _SMALL_WEIGHT = 1 << 17  # elements of weight alone, for a few tokens: reading them takes the time
+_MANY_TOKENS, _LARGE_WEIGHT = 8, 1 << 18  # bits of their number, elements
 _TYPES = (Tensor, Parameter)
 _ALL_TORCH = ("torch", "torch", "torch")
 # The ways of forward, input gradient and weight gradient; torch's too for a gradient that isn't wanted.
@@ -62,7 +63,7 @@ def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dty
     kind = tokens, shape[1], shape[0], input.dtype, weight.dtype, dtype, weight.is_contiguous(), threads
     key = kind, differentiated and input.requires_grad, differentiated and weight.requires_grad
     ways = _known.get(key)
-    if ways == _ALL_TORCH or not _is_ours(input, weight, bias, dtype, autocast):
+    if (ways == _ALL_TORCH and not _keeps(key)) or not _is_ours(input, weight, bias, dtype, autocast):
         return None
     if ways is None:
         ways = _known[key] = (
@@ -70,14 +71,21 @@ def _ways(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dty
             products.way(products.INPUT, kind) if key[1] else "torch",
             products.way(products.WEIGHT, kind) if key[2] else "torch",
         )
-    return None if ways == _ALL_TORCH else (dtype, ways)
+    return None if ways == _ALL_TORCH and not _keeps(key) else (dtype, ways)
+
+
+def _keeps(key: tuple) -> bool:
+    """Whether the weight's gradient is worth having in kept memory, where all products are torch's. Autocast would
+    have rounded the weight but once for several calls, which for many tokens is little."""
+    kind, _, needs_weight = key
+    return needs_weight and kind[0] > _MANY_TOKENS and kind[1] * kind[2] >= _LARGE_WEIGHT
 
 
 def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool) -> bool:
     """Whether these are plain tensors of fitting dtypes and shapes, and nothing asks for F.linear itself or
     for torch's own choice of the products."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not _are_plain(tensors) or (bias is not None and bias.shape != weight.shape[:1]):
+    if not are_plain(tensors) or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     dtypes = products.DTYPES if autocast else (dtype,)
     for x in tensors:
@@ -93,7 +101,7 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     )
 
 
-def _are_plain(tensors: tuple[Tensor, ...]) -> bool:
+def are_plain(tensors: tuple[Tensor, ...]) -> bool:
     """Whether kernels for CPUs may read these."""
     for x in tensors:
         if type(x) not in _TYPES or not x.is_cpu or x.layout is not torch.strided:
@@ -111,32 +119,48 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, input, weight, bias, dtype, forward, input_gradient, weight_gradient):
         needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        rounded = None  # the weight, for all products that take it so
+        if weight.dtype is not dtype and (
+            forward != "float32" or (needs_input and input_gradient != "float32")
+        ):
+            rounded = products.cast(weight, dtype)
+        ctx.save_for_backward(
+            input if needs_weight else None,
+            weight if needs_input else None,
+            rounded if needs_input and input_gradient != "float32" else None,
+        )
         ctx.shape, ctx.by_rows, ctx.dtype = input.shape, weight.is_contiguous(), dtype
         ctx.dtypes = [None if x is None else x.dtype for x in (input, weight, bias)]
         ctx.ways = input_gradient, weight_gradient
-        return _product(forward, input, weight, bias, dtype)
+        return _product(
+            forward, input, weight if forward == "float32" or rounded is None else rounded, bias, dtype
+        )
 
     @staticmethod
     def backward(ctx, dy):
         dx = dweight = dbias = None
         if dy is None:
             return (None,) * 7
-        input, weight = ctx.saved_tensors
-        ways = ctx.ways
-        if torch.is_grad_enabled() or batched(dy) or torch._C._len_torch_dispatch_stack() > 0:
-            ways = "torch", "torch"  # which autograd and everything else knows
-        # Gradients through float32 are not rounded to the product's dtype where the tensors have more.
-        dtypes = [
-            dtype if way == "float32" else ctx.dtype for way, dtype in zip(ways, ctx.dtypes[:2], strict=True)
-        ]
+        input, weight, rounded = ctx.saved_tensors
         with products.without_autocast():
             dy = dy.reshape(-1, dy.shape[-1])
-            if weight is not None:
-                dx = products.input_gradient(ways[0], dy, weight, dtypes[0]).view(ctx.shape)
-            if input is not None:
-                x = input.reshape(-1, input.shape[-1])
-                dweight = products.weight_gradient(ways[1], dy, x, dtypes[1], ctx.by_rows)
+            x = None if input is None else input.reshape(-1, input.shape[-1])
+            if torch.is_grad_enabled() or batched(dy) or torch._C._len_torch_dispatch_stack() > 0:
+                # by torch, which autograd and everything else knows
+                if weight is not None:
+                    dx = torch.mm(dy, weight.to(ctx.dtype))
+                if x is not None:
+                    dweight = torch.mm(dy.t(), x.to(ctx.dtype))
+            else:
+                way, other = ctx.ways
+                if weight is not None:
+                    # Gradients through float32 are not rounded to the product's dtype where the tensors have more.
+                    dtype = ctx.dtypes[0] if way == "float32" else ctx.dtype
+                    dx = products.input_gradient(way, dy, weight if rounded is None else rounded, dtype)
+                if x is not None:
+                    dweight = products.weight_gradient(other, dy, x, ctx.dtype, ctx.by_rows, ctx.dtypes[1])
+            if dx is not None:
+                dx = dx.view(ctx.shape)
             if ctx.needs_input_grad[2]:
                 dbias = dy.sum(0, dtype=ctx.dtypes[2])
         return dx, dweight, dbias, None, None, None, None
@@ -145,8 +169,6 @@ class _Linear(torch.autograd.Function):
 def _product(
     way: str, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **activation
 ) -> Tensor:
-    if way == "torch":
-        return original(input, weight, bias)
     with products.without_autocast():
         y = products.PRODUCTS[way](input.reshape(-1, input.shape[-1]), weight.t(), bias, dtype, **activation)
         return y.view(*input.shape[:-1], -1)
@@ -204,7 +226,7 @@ def linear_int8(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
         not _is_compiling()
         and not input.is_nested
         and input.numel() <= products.FEW * shape[-1]
-        and _are_plain(tensors)
+        and are_plain(tensors)
         and not ops.autocast_is_on(input.device)
         and not ops.requires_grad(input, scale, bias)
     ):
@@ -225,6 +247,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     dtype, ways = found
     act = None if activation is None else ACTIVATIONS[activation]
     if ops.requires_grad(input, weight, bias):
+        if dtype is not input.dtype and "float32" not in (ways[0], ways[2]):
+            input = input.to(dtype)
         y = _Linear.apply(input, weight, bias, dtype, *ways)
         return y if act is None else act.function(y)
     if act is not None and ways[0] == "onednn":

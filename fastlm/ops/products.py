@@ -38,6 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 without_autocast = torch._C._DisableAutocast
 few_tokens = torch.ops.fastlm.linear.default
+new_empty = torch.ops.fastlm.new_empty.default
 below_autograd = torch._C._AutoDispatchBelowAutograd
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -50,12 +51,14 @@ if forced not in (None, *WAYS):
 
 
 # (a (m, k), b (k, n), bias (n) or None, dtype) -> (m, n); the result has the dtype, and the operands are
-# rounded to it first, but for the last product.
+# rounded to it first, but for float32's. Without autograd: torch's and float32's products are written to memory of
+# ours, which is kept for the next result (csrc/kept_memory.h).
 
 
 def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
-    return torch.mm(a, b) if bias is None else torch.addmm(bias.to(dtype), a, b)
+    out = new_empty(a, (a.size(0), b.size(1)), dtype)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias.to(dtype), a, b, out=out)
 
 
 def _by_onednn(
@@ -113,11 +116,23 @@ def input_gradient(way: str, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> 
     return PRODUCTS[way](dy, weight, None, dtype)
 
 
-def weight_gradient(way: str, dy: Tensor, x: Tensor, dtype: torch.dtype, by_rows: bool) -> Tensor:
-    """In the layout of the weight: a gradient of another layout is copied when it is accumulated."""
-    if by_rows:
-        return PRODUCTS[way](dy.t(), x, None, dtype)
-    return PRODUCTS[way](x.t(), dy, None, dtype).t()
+def weight_gradient(
+    way: str, dy: Tensor, x: Tensor, dtype: torch.dtype, by_rows: bool, result: torch.dtype
+) -> Tensor:
+    """Rounded to the product's dtype, but by float32, then in the weight's dtype, `result`, and in its layout: one
+    of another is copied when it is accumulated. Its memory is that of the gradient before."""
+    a, b = (dy.t(), x) if by_rows else (x.t(), dy)
+    product = cast(PRODUCTS[way](a, b, None, result if way == "float32" else dtype), result)
+    return product if by_rows else product.t()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype) of a matrix by rows or columns, without autograd."""
+    if x.dtype is dtype:
+        return x
+    if x.is_contiguous():
+        return new_empty(x, x.shape, dtype).copy_(x)
+    return cast(x.t(), dtype).t()
 
 
 # ---- choice --------------------------------------------------------------------------------
@@ -236,7 +251,7 @@ def _samples(product: str, kind: Kind, shape: list[int], ways: tuple[str, ...]) 
         elif product == INPUT:
             input_gradient(way, dy, weight, kind.product)
         else:
-            weight_gradient(way, dy, x, kind.product, kind.by_rows)
+            weight_gradient(way, dy, x, kind.product, kind.by_rows, kind.weight)
 
     return {way: functools.partial(call, way) for way in ways}
 
