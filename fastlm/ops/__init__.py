@@ -215,7 +215,8 @@ def add_operators(backend: str) -> None:
             register(namespace)
 
 
-def _register(register: Callable[[str], None]) -> None:
+def for_namespaces(register: Callable[[str], None]) -> None:
+    """Calls register(namespace) for each family whose operators exist, and for the others when theirs do."""
     _registrations.append(register)
     for namespace in _namespaces:
         register(namespace)
@@ -240,7 +241,7 @@ def register_fake(operator: str):
                 raise RuntimeError(f"fastlm::{operator}: tensors on several devices, expected all on meta")
             return function(*args)
 
-        _register(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", fake))
+        for_namespaces(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", fake))
         return function
 
     return decorate
@@ -248,7 +249,7 @@ def register_fake(operator: str):
 
 def register_autograd(operator: str, backward, setup_context) -> None:
     """torch.library.register_autograd for the operator of every family."""
-    _register(
+    for_namespaces(
         lambda namespace: torch.library.register_autograd(
             f"{namespace}::{operator}", backward, setup_context=setup_context
         )

@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastlm.imports import AfterImport
-from fastlm.ops import FAMILIES
+from fastlm.ops import for_namespaces
 
 
 def _attention(query, key, value, *rest, out_shape=None, **options) -> int:
@@ -76,11 +76,14 @@ _FORMULAS_OF_VALUES = {"varlen_attention_forward": _varlen, "varlen_attention_ba
 
 def _register(counter) -> None:
     counter.register_flop_formula(torch.ops.fastlm.linear)(_linear)
-    for namespace in {family.NAMESPACE for family in FAMILIES.values()}:
+
+    def register(namespace: str) -> None:
         operators = getattr(torch.ops, namespace)
         for formulas, of_values in ((_FORMULAS, False), (_FORMULAS_OF_VALUES, True)):
             for name, formula in formulas.items():
                 counter.register_flop_formula(getattr(operators, name), get_raw=of_values)(formula)
+
+    for_namespaces(register)
 
 
 AfterImport("torch.utils.flop_counter", _register).watch()
