@@ -203,7 +203,7 @@ def cross_entropy(
         and is_tiny("cross_entropy", input)
         and isinstance(target, Tensor)
         and target.dtype is torch.int64
-        and (input.dim() > 1 or target.dim() == 0)  # of (C) and (1) PyTorch has no gradient
+        and (input.ndim > 1 or target.ndim == 0)  # of (C) and (1) PyTorch has no gradient
     ):
         try:
             return torch._C._nn.cross_entropy_loss(

@@ -6,11 +6,11 @@ from typing import overload
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from fastlm import reference
 from fastlm.functional.arguments import check_flag, check_integer, check_tensor
-from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny
+from fastlm.ops import KERNEL_DTYPES, autocast_is_on, autocast_is_on_somewhere, choose_backend, is_tiny
 from fastlm.ops import gru as ops_gru
 
 _GRU = (
@@ -293,6 +293,22 @@ def gru_cell(
 
     dtypes and errors are those of :func:`gru`.
     """
+    if (
+        layer_norm is None
+        and type(zoneout) is type(recurrent_dropout) is float
+        and zoneout == recurrent_dropout == 0.0
+        and type(training) is bool
+        and not has_torch_function_variadic(input, hx, w_ih, w_hh, b_ih, b_hh)
+        and is_tiny("gru_cell", hx)
+        and isinstance(input, Tensor)
+        and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
+        and input.ndim == hx.ndim == 2
+        and not autocast_is_on_somewhere()
+    ):
+        try:
+            return torch._C._VariableFunctions.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+        except (LookupError, RuntimeError, TypeError, ValueError):
+            pass  # arguments that don't fit: the checks below say so
     biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
     if layer_norm is not None and not isinstance(layer_norm, (list, tuple)):
         raise TypeError(
@@ -305,21 +321,6 @@ def gru_cell(
             gru_cell, everything, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout=zoneout,
             recurrent_dropout=recurrent_dropout, layer_norm=layer_norm, training=training,
         )  # fmt: skip
-    if (
-        type(zoneout) is type(recurrent_dropout) is float
-        and zoneout == recurrent_dropout == 0.0
-        and not gains
-        and type(training) is bool
-        and is_tiny("gru_cell", hx)
-        and isinstance(input, Tensor)
-        and input.dtype in (torch.float32, torch.float64)  # 16 bits are slow there
-        and input.dim() == hx.dim() == 2
-        and not torch._C._is_any_autocast_enabled()
-    ):
-        try:
-            return torch._C._VariableFunctions.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-        except (LookupError, RuntimeError, TypeError, ValueError):
-            pass  # arguments that don't fit: the checks below say so
     check_flag("fastlm.gru_cell", "training", training)
     zoneout = check_probability("gru_cell", "zoneout", zoneout)
     recurrent_dropout = check_probability("gru_cell", "recurrent_dropout", recurrent_dropout)
