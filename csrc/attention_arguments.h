@@ -12,11 +12,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Options of the dense operators, in the order of their schemas.
 struct DenseOptions {
+  bool is_causal;
+  double scale;
   const OptionalTensor &attn_mask, &alibi_slopes, &sinks, &seed;
   double dropout_p;
-  bool is_causal;
   int64_t window_left, window_right;
-  double scale, softcap;
+  double softcap;
 };
 
 // Packed sequences: (T, H, D), or pages of keys and values.
@@ -28,8 +29,8 @@ struct PackedOptions {
 };
 
 inline void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t Hq, int64_t Hkv, const char* op) {
-  check_dtype(k, q.scalar_type(), op, "key");
-  check_dtype(v, q.scalar_type(), op, "value");
+  check_same_dtype(k, q, op, "key");
+  check_same_dtype(v, q, op, "value");
   STD_TORCH_CHECK(Hkv == Hq || (Hkv > 0 && Hq % Hkv == 0), "fastlm::", op, ": ", Hq,
                   " query heads cannot share ", Hkv, " key heads");
 }
@@ -73,7 +74,7 @@ inline void check_outputs(const Tensor& q, int64_t Dv, const Tensor& dout, const
   const ScalarType wide = compute_type(q.scalar_type());
   for (const Tensor* t : {&dout, &out}) {
     const char* const name = t == &out ? "out" : "dout";
-    check_dtype(*t, q.scalar_type(), op, name);
+    check_same_dtype(*t, q, op, name);
     if (q.dim() == 4) check_shape(*t, {q.size(0), q.size(1), q.size(2), Dv}, op, name);
     else check_shape(*t, {q.size(0), q.size(1), Dv}, op, name);
   }

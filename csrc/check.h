@@ -57,6 +57,14 @@ inline void check_dtype(const Tensor& t, ScalarType want, const char* op, const 
                   " has another dtype than required");
 }
 
+// The same for that of another tensor, by torch's numbers: scalar_type() makes up to 20 calls of one.
+inline void check_same_dtype(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  int32_t dtype, want;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &want));
+  STD_TORCH_CHECK(dtype == want, "fastlm::", op, ": ", name, " has another dtype than required");
+}
+
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> want, const char* op,
                         const char* name) {
   const Ints size = t.sizes();

@@ -6,17 +6,18 @@
 #define FASTLM_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 
 FASTLM_LIBRARY(fastlm, m) {
-  // attention
+  // attention: what is left out costs a small call next to nothing on its way, a None as much as a number
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, "
-      "Tensor? sinks, Tensor? seed, float dropout_p, bool is_causal, int window_left, int window_right, "
-      "float scale, float softcap) -> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, "
+      "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? seed=None, "
+      "float dropout_p=0.0, int window_left=-1, int window_right=-1, float softcap=0.0) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
-      "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float dropout_p, "
-      "bool is_causal, int window_left, int window_right, float scale, float softcap, bool needs_mask, "
-      "bool needs_slopes) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dslopes, "
-      "Tensor dsinks)");
+      "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "bool is_causal, float scale, Tensor? dlse=None, Tensor? attn_mask=None, Tensor? alibi_slopes=None, "
+      "Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, int window_left=-1, int window_right=-1, "
+      "float softcap=0.0, bool needs_mask=False, bool needs_slopes=False) "
+      "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dslopes, Tensor dsinks)");
   m.def(
       "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, "
       "Tensor? seqused_k, Tensor? block_table, int max_q, int max_k, int window_left, int window_right, "

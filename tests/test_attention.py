@@ -423,16 +423,35 @@ def test_paged_errors():
 def test_operators_guard_memory():
     """What the Python functions check is checked again for direct callers, where memory depends on it."""
     q, k, v = qkv()
-    options = (None, None, None, None, 0.0, False, -1, -1, 1.0, 0.0)
+    options = (False, 1.0)
     op = torch.ops.fastlm.attention_forward
     with pytest.raises(RuntimeError, match="attention_forward: value has shape"):
         op(q, k, v[:, :, :3], *options)
     with pytest.raises(RuntimeError, match="attention_forward: key has another dtype"):
         op(q, k.double(), v, *options)
     with pytest.raises(RuntimeError, match="attention_forward: attn_mask has shape"):
-        op(q, k, v, torch.zeros(1, 1, 5, 6), *options[1:])
+        op(q, k, v, *options, torch.zeros(1, 1, 5, 6))
     with pytest.raises(RuntimeError, match="attention_forward: dropout needs a seed"):
-        op(q, k, v, *options[:4], 0.5, *options[5:])
+        op(q, k, v, *options, dropout_p=0.5)
+
+
+def test_operators_without_their_options():
+    """torch.library hands on none of the last arguments that are left out; gradients nobody asks for are None."""
+    q, k, v = qkv(grad=True)
+    out, lse = torch.ops.fastlm.attention_forward(q, k, v, True, 0.3)
+    expected = reference.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(expected, (q, k, v), dout)
+    torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), dout), gradients)
+    inputs = [x.detach() for x in (dout, q, k, v, out, lse)]
+    backward = torch.ops.fastlm.attention_backward
+    *given, dmask, dslopes, dsinks = backward(*inputs, True, 0.3)
+    torch.testing.assert_close(tuple(given), gradients)
+    assert dmask is dslopes is dsinks is None
+    mask, sinks = torch.randn(1, 1, 5, 7), torch.randn(2)
+    for options in ((), (None, mask, None, sinks, None, 0.0, -1, -1, 0.0, True)):
+        torch.library.opcheck(backward, (*inputs, True, 0.3, *options))
 
 
 @pytest.mark.parametrize("is_causal", (False, True))

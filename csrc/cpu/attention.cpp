@@ -38,6 +38,8 @@ struct Call {
   std::vector<Tensor> held;
   double work = 0;  // multiply-adds of one product over all queries and keys
 
+  ScalarType compute_type() const { return dtype == kF64 ? ScalarType::Double : ScalarType::Float; }
+
   const void* hold(const Tensor& t) {
     held.push_back(t);
     return t.const_data_ptr();
@@ -57,6 +59,7 @@ void set_band(AttentionSequence& s, bool is_causal, int64_t left, int64_t right)
 
 void set_tensors(Call& c, const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   AttentionParams& p = c.p;
+  c.held.reserve(12);  // as many as most calls hold
   c.dtype = dtype_of(q, op, "query");
   p.q = c.hold(q);
   p.k = c.hold(k);
@@ -87,7 +90,7 @@ Call dense_call(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
     int64_t* const sizes[4] = {&p.bias_b, &p.bias_h, &p.bias_q, &p.bias_k};
     for (int d = 0; d < 4; ++d) *sizes[d] = o.attn_mask->size(d);
   }
-  const ScalarType wide = compute_type(q.scalar_type());
+  const ScalarType wide = c.compute_type();
   if (o.alibi_slopes) {
     check_shape(*o.alibi_slopes, {p.B, p.Hq}, op, "alibi_slopes");
     check_dtype(*o.alibi_slopes, wide, op, "alibi_slopes");
@@ -246,16 +249,15 @@ void run_forward(Call& c, const Tensor& out, const Tensor& lse, bool split_keys)
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
-    double dropout_p, bool is_causal, int64_t window_left, int64_t window_right, double scale,
-    double softcap) {
+    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale,
+    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& seed, double dropout_p, int64_t window_left, int64_t window_right, double softcap) {
   const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   Call c = dense_call("attention_forward", q, k, v,
-                      {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left,
-                       window_right, scale, softcap});
+                      {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
+                       window_right, softcap});
   const Tensor out = empty_as(query, c.p.Dv);
-  const Tensor lse = new_tensor({c.p.B, c.p.Hq, q.size(2)}, compute_type(q.scalar_type()));
+  const Tensor lse = new_tensor({c.p.B, c.p.Hq, q.size(2)}, c.compute_type());
   c.p.os = {out.stride(1), out.stride(2)};
   for (int64_t b = 0; b < c.p.B; ++b) c.sequences[size_t(b)].out = b * out.stride(0);
   run_forward(c, out, lse, true);
@@ -272,7 +274,7 @@ std::tuple<Tensor, Tensor> varlen_attention_forward(
                        {cu_seq_q, cu_seq_k, seqused_k, block_table, max_q, max_k, window_left,
                         window_right, scale});
   Tensor out = new_tensor({q.size(0), c.p.Hq, c.p.Dv}, q.scalar_type());
-  Tensor lse = new_tensor({c.p.Hq, q.size(0)}, compute_type(q.scalar_type()));
+  Tensor lse = new_tensor({c.p.Hq, q.size(0)}, c.compute_type());
   const int32_t* at = static_cast<const int32_t*>(cu_seq_q.const_data_ptr());
   if (c.p.B == 0 || at[0] > 0 || at[c.p.B] < q.size(0)) {  // rows of no sequence
     torch::stable::zero_(out);
@@ -292,7 +294,7 @@ struct Gradients {
 
 // Owners of dK and dV: enough of them for many cores even where a batch has few key heads, each with
 // some blocks of queries to itself.
-void divide_backward(Call& c, const Gradients& g) {
+void divide_backward(Call& c) {
   AttentionParams& p = c.p;
   int64_t longest = 0, keys = 0;
   for (const AttentionSequence& s : c.sequences) {
@@ -310,7 +312,7 @@ void divide_backward(Call& c, const Gradients& g) {
     s.sums = at;
     at += p.Hkv * p.parts * s.Tk * row;
   }
-  p.accumulators = c.hold_mutable(new_tensor({at}, compute_type(g.dq.scalar_type())));
+  p.accumulators = c.hold_mutable(new_tensor({at}, c.compute_type()));
 }
 
 // What the operator returned and the gradients of it.
@@ -328,22 +330,22 @@ void set_gradients(Call& c, const Gradients& g) {
   c.p.dq = c.hold_mutable(g.dq);
   c.p.dk = c.hold_mutable(g.dk);
   c.p.dv = c.hold_mutable(g.dv);
-  divide_backward(c, g);
+  divide_backward(c);
   finish(c);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dout_, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out_, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& seed, double dropout_p, bool is_causal,
-    int64_t window_left, int64_t window_right, double scale, double softcap, bool needs_mask,
+    const Tensor& dout_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out_,
+    const Tensor& lse, bool is_causal, double scale, const OptionalTensor& dlse, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
+    double dropout_p, int64_t window_left, int64_t window_right, double softcap, bool needs_mask,
     bool needs_slopes) {
   const char* const op = "attention_backward";
   const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   const Tensor dout = rows_contiguous(dout_), out = rows_contiguous(out_);
   Call c = dense_call(op, q, k, v,
-                      {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left, window_right,
-                       scale, softcap});
+                      {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
+                       window_right, softcap});
   AttentionParams& p = c.p;
   const int64_t Tq = q.size(2), Tk = k.size(2);
   set_outputs(c, op, q, dout, dlse, out, lse);
@@ -361,8 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     s.dk = b * g.dk.stride(0);
     s.dv = b * g.dv.stride(0);
   }
-  const ScalarType wide = lse.scalar_type();
-  Tensor dmask = new_tensor({0}, wide), dslopes = new_tensor({0}, wide), dsinks = new_tensor({0}, wide);
+  const ScalarType wide = c.compute_type();
+  Tensor dmask, dslopes, dsinks;  // None where nobody asks for them
   if (sinks) {
     dsinks = new_tensor({p.Hq}, wide);
     p.dsinks = c.hold_mutable(dsinks);

@@ -64,27 +64,27 @@ void run(ScalarType dtype, BackwardCall& call) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_dense(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& seed, double dropout_p, bool is_causal, int64_t window_left,
-    int64_t window_right, double scale, double softcap, bool needs_mask, bool needs_slopes) {
+    const Tensor& dout, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, bool is_causal, double scale, const OptionalTensor& dlse, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed, double dropout_p,
+    int64_t window_left, int64_t window_right, double softcap, bool needs_mask, bool needs_slopes) {
   const char* const op = "attention_backward";
   AttentionCall c = dense_call(op, query, key, value,
-                               {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left,
-                                window_right, scale, softcap});
+                               {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
+                                window_right, softcap});
   check_outputs(query, c.Dv, dout, dlse, out, lse, op);
   STD_TORCH_CHECK(!needs_mask || attn_mask, "fastlm::", op, ": needs_mask without attn_mask");
   STD_TORCH_CHECK(!needs_slopes || alibi_slopes, "fastlm::", op, ": needs_slopes without alibi_slopes");
   Gradients g(empty_as(query, c.D), empty_as(key, c.D), empty_as(value, c.Dv));
-  std::vector<int64_t> mask_size{0};
-  if (needs_mask) mask_size = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
-  Tensor dmask = new_like(query, mask_size, ScalarType::Float);
-  Tensor dslopes = needs_slopes ? new_like(query, {c.p.B, c.p.Hq}, ScalarType::Float) : new_like(query, {0}, ScalarType::Float);
-  Tensor dsinks = new_like(query, {sinks ? c.p.Hq : 0}, ScalarType::Float);
+  Tensor dmask, dslopes, dsinks;  // None where nobody asks for them
+  if (needs_mask) dmask = new_tensor(attn_mask->sizes(), ScalarType::Float, &query);
+  if (needs_slopes) dslopes = new_like(query, {c.p.B, c.p.Hq}, ScalarType::Float);
+  if (sinks) dsinks = new_like(query, {c.p.Hq}, ScalarType::Float);
   if (c.p.B == 0 || c.p.Hq == 0 || c.p.Tq == 0 || c.p.Tk == 0) {
     g.zero();
     g.give();
-    for (Tensor* t : {&dmask, &dslopes, &dsinks}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dmask, &dslopes, &dsinks})
+      if (t->defined()) torch::stable::zero_(*t);
     return {g.dq, g.dk, g.dv, dmask, dslopes, dsinks};
   }
   Device device(query, op);
@@ -92,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_de
   set_params(c, call, g, query, out, lse, dout, dlse);
   if (needs_mask) {
     AttentionBackwardParams& p = call.p;
-    p.mask_B = int(mask_size[0]);
-    p.mask_H = int(mask_size[1]);
-    p.mask_Tq = int(mask_size[2]);
-    p.mask_Tk = int(mask_size[3]);
+    p.mask_B = int(dmask.size(0));
+    p.mask_H = int(dmask.size(1));
+    p.mask_Tq = int(dmask.size(2));
+    p.mask_Tk = int(dmask.size(3));
     p.dmask = static_cast<float*>(c.hold_mutable(dmask));
   }
   if (needs_slopes) call.p.dslopes = static_cast<float*>(c.hold_mutable(dslopes));

@@ -84,12 +84,12 @@ void run_forward(AttentionCall& c, const Tensor& q, const Tensor& out, const Ten
 }
 
 std::tuple<Tensor, Tensor> attention_forward_dense(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed, double dropout_p,
-    bool is_causal, int64_t window_left, int64_t window_right, double scale, double softcap) {
+    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale,
+    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& seed, double dropout_p, int64_t window_left, int64_t window_right, double softcap) {
   AttentionCall c = dense_call("attention_forward", query, key, value,
-                               {attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, window_left,
-                                window_right, scale, softcap});
+                               {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
+                                window_right, softcap});
   const Tensor out = empty_as(query, c.Dv), rows = rows_for(out);
   const Tensor lse = new_like(query, {c.p.B, c.p.Hq, c.p.Tq}, ScalarType::Float);
   run_forward(c, query, rows, lse, true);

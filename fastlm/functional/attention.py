@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
@@ -17,8 +18,10 @@ from fastlm.functional.arguments import (
 )
 from fastlm.ops import (
     KERNEL_DTYPES,
+    PLAIN,
     autocast_is_on,
     autocast_is_on_somewhere,
+    choose_backend,
     transforms_are_off,
     under_transform,
 )
@@ -52,7 +55,7 @@ def _check_window(name: str, window_size) -> tuple[int, int]:
 
 def _check_scale(name: str, scale: float | None, query: Tensor) -> float:
     if scale is None:
-        return ops_attention.default_scale(query)
+        return ops_attention.default_scale(query.shape[-1])
     check_number(name, "scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"{name}: scale is {scale}, expected a finite number")
@@ -64,27 +67,29 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gq
     other, which the caller's checks are for."""
     if (
         type(is_causal) is not bool
-        or torch.compiler.is_compiling()
+        or is_dynamo_compiling()
         or autocast_is_on_somewhere()
         or not transforms_are_off()
-        or not _is_usual(query, key, value, enable_gqa)
+        or (shape := _usual_shape(query, key, value, enable_gqa)) is None
     ):
         return None
-    backend = ops_attention.choose("scaled_dot_product_attention", query, value)
+    backend = choose_backend("scaled_dot_product_attention", query, value=value)
     if backend == "eager":
         return None
-    return ops_attention.plain_attention(backend, query, key, value, is_causal)
+    return ops_attention.plain_attention(
+        backend, query, key, value, is_causal, ops_attention.default_scale(shape[3])
+    )
 
 
-def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether these are dense (B, H, T, D) that fit, as they mostly come: a quarter of the time that the checks
-    below take, which any others go through."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        return False
+def _usual_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size | None:
+    """That of query, if these are dense (B, H, T, D) that fit, as they mostly come: a quarter of the time that
+    the checks below take, which any others go through."""
+    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
+        return None
     if query.is_nested or key.is_nested or value.is_nested:
-        return False
+        return None
     q, k, v, dtype = query.shape, key.shape, value.shape, query.dtype
-    return (
+    fit = (
         len(q) == 4
         and (q == k == v or _fit(q, k, v, enable_gqa))
         and dtype in KERNEL_DTYPES
@@ -93,6 +98,7 @@ def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bo
         and (key.is_cpu and value.is_cpu if query.is_cpu else query.device == key.device == value.device)
         and query.layout is key.layout is value.layout is torch.strided
     )
+    return q if fit else None
 
 
 def _fit(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> bool:
@@ -327,7 +333,7 @@ def scaled_dot_product_attention(
         )
     for label, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         check_flag("fastlm.scaled_dot_product_attention", label, flag)
-    usual = _is_usual(query, key, value, enable_gqa)
+    usual = _usual_shape(query, key, value, enable_gqa) is not None
     if not usual:
         _check_attention_inputs(query, key, value)
     if attn_mask is not None:
@@ -363,7 +369,7 @@ def scaled_dot_product_attention(
     seed = reference.draw_seed() if dropout_p > 0.0 else None
 
     transformed = under_transform(query, key, value, attn_mask, alibi_slopes, sinks)
-    backend = "eager" if transformed else ops_attention.choose("scaled_dot_product_attention", query, value)
+    backend = "eager" if transformed else choose_backend("scaled_dot_product_attention", query, value=value)
     if backend == "eager":
         result = reference.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, window_size=window_size, softcap=softcap,
@@ -371,8 +377,8 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     else:
         result = ops_attention.attention(
-            backend, return_lse, q, k, v, mask, alibi_slopes, sinks, seed, float(dropout_p), is_causal,
-            *window_size, scale, float(softcap),
+            backend, return_lse, q, k, v, is_causal, scale, mask, alibi_slopes, sinks, seed, float(dropout_p),
+            *window_size, float(softcap),
         )  # fmt: skip
     if shape is None:
         return result
@@ -523,7 +529,7 @@ def varlen_attn(
     window_size = _check_window("fastlm.varlen_attn", window_size)
     scale = _check_scale("fastlm.varlen_attn", scale, query)
     transformed = under_transform(query, key, value)
-    backend = "eager" if transformed else ops_attention.choose("varlen_attn", query, value)
+    backend = "eager" if transformed else choose_backend("varlen_attn", query, value=value)
     if backend == "eager":
         return reference.varlen_attn(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=return_aux, scale=scale,

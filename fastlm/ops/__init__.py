@@ -147,38 +147,49 @@ class use_backend:
 
 
 def choose_backend(
-    function: str, tensor: torch.Tensor, unsupported: str | None = None, *, backward: bool = False
+    function: str,
+    tensor: torch.Tensor,
+    unsupported: str | None = None,
+    *,
+    value: torch.Tensor | None = None,
+    backward: bool = False,
 ) -> str:
     """The backend for a call of ``fastlm.<function>`` whose main input is `tensor`, or for its backward.
 
     `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
-    it then, unless another backend is forced. The functions in TINY ask `is_tiny` before.
+    it then, unless another backend is forced. `value`, of attention, is asked about in the place of the
+    query where its heads are larger. The functions in TINY ask `is_tiny` before.
     """
     if _forced is None:
         if unsupported is None and tensor.dtype in KERNEL_DTYPES:
             native = _native.get("cpu" if tensor.is_cpu else tensor.device.type)  # a device's type takes 2 us
             if type(native) is str:
                 return native
+            tensor = _larger(tensor, value)
             operator = OPERATORS[function][1 if backward else 0]  # torch.compile of 2.11 knows no bool there
             for name, asked in native[operator] if native else ():
                 if asked(tensor) and FAMILIES[name].refuses(function, tensor) is None:
                     return name
         return "eager"
     if _forced != "eager":
-        reason = unsupported or _refusal(FAMILIES[_forced], function, tensor)
+        reason = unsupported or _refusal(FAMILIES[_forced], function, _larger(tensor, value))
         if reason is not None:
             raise RuntimeError(f"fastlm.{function}: backend {_forced!r} is forced, but there is {reason}")
     return _forced
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+def _larger(query: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
+    return query if value is None or query.shape[-1] >= value.shape[-1] else value
+
+
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # types of tensors without rules of their own
 
 
 def is_tiny(function: str, tensor: torch.Tensor) -> bool:
     """Whether plain PyTorch serves a call of this tensor's size (see TINY) on the CPU, since it is faster.
     Never where a backend is forced, in a compiled or exported program, whose calls cost less, or in a trace,
     which is for any size."""
-    if _forced is not None or type(tensor) not in _PLAIN or is_dynamo_compiling() or _is_tracing():
+    if _forced is not None or type(tensor) not in PLAIN or is_dynamo_compiling() or _is_tracing():
         return False
     return tensor.is_cpu and 0 < tensor.numel() <= TINY[function]
 

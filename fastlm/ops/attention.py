@@ -28,15 +28,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def default_scale(query: Tensor) -> float:
-    D = query.shape[-1]
+def default_scale(D: int) -> float:
     return D**-0.5 if D > 0 else 1.0
-
-
-def choose(function: str, query: Tensor, value: Tensor, *, backward: bool = False) -> str:
-    """The backend; kernels may have a largest head size, of query and key or of value."""
-    widest = query if query.shape[-1] >= value.shape[-1] else value
-    return choose_backend(function, widest, backward=backward)
 
 
 def _empty_as(like: Tensor, D: int) -> Tensor:
@@ -48,22 +41,20 @@ def _empty_as(like: Tensor, D: int) -> Tensor:
 
 
 @register_fake("attention_forward")
-def _(
-    query, key, value, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal, left, right, scale, softcap
-):
+def _(query, key, value, is_causal, scale, *options):
     lse = query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
     return _empty_as(query, value.size(-1)), lse
 
 
 @register_fake("attention_backward")
 def _(
-    dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, seed, dropout_p, is_causal,
-    left, right, scale, softcap, needs_mask, needs_slopes,
+    dout, query, key, value, out, lse, is_causal, scale, dlse=None, attn_mask=None, alibi_slopes=None, sinks=None,
+    seed=None, dropout_p=0.0, left=-1, right=-1, softcap=0.0, needs_mask=False, needs_slopes=False,
 ):  # fmt: skip
     dq, dk, dv = (_empty_as(x, x.size(-1)) for x in (query, key, value))
-    dmask = lse.new_empty(attn_mask.shape if needs_mask else 0)
-    dslopes = lse.new_empty(alibi_slopes.shape if needs_slopes else 0)
-    return dq, dk, dv, dmask, dslopes, lse.new_empty(0 if sinks is None else sinks.shape)
+    dmask = lse.new_empty(attn_mask.shape) if needs_mask else None
+    dslopes = lse.new_empty(alibi_slopes.shape) if needs_slopes else None
+    return dq, dk, dv, dmask, dslopes, None if sinks is None else lse.new_empty(sinks.shape)
 
 
 @register_fake("varlen_attention_forward")
@@ -81,42 +72,54 @@ def _(dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, r
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.options = inputs[7:]
+    query, key, value, is_causal, scale, attn_mask, alibi_slopes, sinks, seed, *options = inputs
+    ctx.save_for_backward(query, key, value, attn_mask, alibi_slopes, sinks, seed, *output)
+    ctx.is_causal, ctx.scale, ctx.options = is_causal, scale, options
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, dlse):
-    needs = ctx.needs_input_grad
-    nones = (None,) * 7  # seed and the options
+    nones = (None,) * 5
     if dout is None and dlse is None:
-        return (None,) * 6 + nones
-    grads = _input_gradients(ctx.saved_tensors, ctx.options, needs[:6], dout, dlse)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=False)) + nones
+        return (None,) * 8 + nones
+    query, key, value, *optional, out, lse = ctx.saved_tensors
+    mask, slopes, sinks, seed = optional
+    given = *ctx.needs_input_grad, False, False, False  # of a compiled call, without the last that are None
+    needs = *given[:3], *given[5:8]
+    backend = choose_backend("scaled_dot_product_attention", query, value=value, backward=True)
+    if _is_for_formula(backend, dout, dlse):
+        formula = _formula(ctx.is_causal, ctx.scale, seed, *ctx.options)
+        grads = reference_backward(formula, (query, key, value, mask, slopes, sinks), needs, (dout, dlse))
+    else:
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = kernel(backend, "attention_backward")(
+            dout, query, key, value, out, lse, ctx.is_causal, ctx.scale, dlse, *optional, *ctx.options,
+            needs[3], needs[4],
+        )  # fmt: skip
+    dq, dk, dv, dmask, dslopes, dsinks = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if dmask is not None:
+        dmask = dmask.to(mask.dtype)
+    return dq, dk, dv, None, None, dmask, dslopes, dsinks, *nones
 
 
-def _input_gradients(saved, options, needs, dout, dlse):
-    """Those of query, key, value, attn_mask, alibi_slopes and sinks, and perhaps some that aren't needed."""
-    query, key, value, attn_mask, alibi_slopes, sinks, seed, out, lse = saved
-    backend = choose("scaled_dot_product_attention", query, value, backward=True)
-    # create_graph=True asks for gradients that can be differentiated again.
-    if torch.is_grad_enabled() or batched(dout, dlse) or backend == "eager":
-        dropout_p, is_causal, left, right, scale, softcap = options
+def _is_for_formula(backend: str, *grad_outputs: Tensor | None) -> bool:
+    """Whether no kernel's backward can serve: create_graph=True asks for gradients that can be differentiated
+    again."""
+    return backend == "eager" or torch.is_grad_enabled() or batched(*grad_outputs)
 
-        def formula(query, key, value, attn_mask, alibi_slopes, sinks):
-            return reference.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, query.size(1) != key.size(1),
-                window_size=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-                return_lse=True, seed=seed,
-            )  # fmt: skip
 
-        return reference_backward(formula, saved[:6], needs, (dout, dlse))
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dmask, dslopes, dsinks = kernel(backend, "attention_backward")(
-        dout, dlse, *saved[:3], out, lse, *saved[3:7], *options, needs[3], needs[4]
-    )
-    return dq, dk, dv, dmask.to(attn_mask.dtype) if needs[3] else None, dslopes, dsinks
+def _formula(is_causal, scale, seed=None, dropout_p=0.0, left=-1, right=-1, softcap=0.0):
+    """The same in plain PyTorch, of the tensors that have gradients."""
+
+    def attention(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None):
+        return reference.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, query.size(1) != key.size(1),
+            window_size=(left, right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            return_lse=True, seed=seed,
+        )  # fmt: skip
+
+    return attention
 
 
 def _varlen_save(ctx, inputs, output):
@@ -135,8 +138,8 @@ def _varlen_gradients(ctx, dout, dlse):
     nones = (None,) * 10
     if dout is None and dlse is None:
         return (None,) * 3 + nones
-    backend = choose("varlen_attn", query, value, backward=True)
-    if torch.is_grad_enabled() or batched(dout, dlse) or backend == "eager":
+    backend = choose_backend("varlen_attn", query, value=value, backward=True)
+    if _is_for_formula(backend, dout, dlse):
 
         def formula(query, key, value):
             return reference.varlen_attn(
@@ -161,7 +164,8 @@ register_autograd("varlen_attention_forward", _varlen_gradients, _varlen_save)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, op, inputs, return_lse):
+    def forward(ctx, *arguments):
+        *inputs, op, return_lse = arguments
         with _below_autograd():
             output = op(*inputs)
         _save(ctx, inputs, output)
@@ -169,34 +173,40 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        return _gradients(ctx, dout, dlse)[:9]
+        return *_gradients(ctx, dout, dlse), None, None
 
 
 class _PlainAttention(torch.autograd.Function):
     """Of a call without mask, slopes, sinks and dropout: less to keep and to give back."""
 
     @staticmethod
-    def forward(ctx, query, key, value, op, inputs):
+    def forward(ctx, query, key, value, is_causal, scale, op):
         with _below_autograd():
-            out, lse = op(*inputs)
+            out, lse = op(query, key, value, is_causal, scale)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = inputs[7:]
+        ctx.options = is_causal, scale
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         if dout is None:
-            return (None,) * 5
+            return (None,) * 6
         query, key, value, out, lse = ctx.saved_tensors
-        saved = query, key, value, None, None, None, None, out, lse
-        needs = *ctx.needs_input_grad[:3], False, False, False
-        return *_input_gradients(saved, ctx.options, needs, dout, None)[:3], None, None
+        backend = choose_backend("scaled_dot_product_attention", query, value=value, backward=True)
+        if _is_for_formula(backend, dout):
+            needs = ctx.needs_input_grad[:3]
+            dq, dk, dv = reference_backward(_formula(*ctx.options), (query, key, value), needs, (dout, None))
+        else:
+            op = kernel(backend, "attention_backward")
+            dq, dk, dv, _, _, _ = op(dout, query, key, value, out, lse, *ctx.options)
+        return dq, dk, dv, None, None, None
 
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, op, inputs, return_lse):
+    def forward(ctx, *arguments):
+        *inputs, op, return_lse = arguments
         with _below_autograd():
             output = op(*inputs)
         _varlen_save(ctx, inputs, output)
@@ -204,7 +214,7 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse=None):
-        return _varlen_gradients(ctx, dout, dlse)[:6]
+        return *_varlen_gradients(ctx, dout, dlse), None, None
 
 
 _attention, _varlen_attention = eager_call(_Attention), eager_call(_VarlenAttention)
@@ -216,8 +226,8 @@ def _run(op, function, inputs, differentiable, return_lse):
     of microseconds a call, and is left to the compiler, which traces through it."""
     if torch.compiler.is_compiling():
         output = op(*inputs)
-    elif requires_grad(*inputs[:differentiable]):
-        return function(*inputs[:differentiable], op, inputs, return_lse)
+    elif requires_grad(*differentiable):
+        return function(*inputs, op, return_lse)
     else:
         with _below_autograd():
             output = op(*inputs)
@@ -226,19 +236,23 @@ def _run(op, function, inputs, differentiable, return_lse):
 
 def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
     """out, or out and lse; inputs are those of the schema of fastlm::attention_forward."""
-    return _run(kernel(backend, "attention_forward"), _attention, inputs, 6, return_lse)
+    differentiable = *inputs[:3], *inputs[5:8]
+    return _run(kernel(backend, "attention_forward"), _attention, inputs, differentiable, return_lse)
 
 
-def plain_attention(backend: str, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+def plain_attention(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+) -> Tensor:
     """out of a call without options."""
     op = kernel(backend, "attention_forward")
-    inputs = query, key, value, None, None, None, None, 0.0, is_causal, -1, -1, default_scale(query), 0.0
     if requires_grad(query, key, value):
-        return _plain_attention(query, key, value, op, inputs)
+        return _plain_attention(query, key, value, is_causal, scale, op)
     with _below_autograd():
-        return op(*inputs)[0]
+        return op(query, key, value, is_causal, scale)[0]
 
 
 def varlen_attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
     """out, or out and lse; inputs are those of the schema of fastlm::varlen_attention_forward."""
-    return _run(kernel(backend, "varlen_attention_forward"), _varlen_attention, inputs, 3, return_lse)
+    return _run(
+        kernel(backend, "varlen_attention_forward"), _varlen_attention, inputs, inputs[:3], return_lse
+    )

@@ -15,7 +15,7 @@ def _attention(query, key, value, *rest, out_shape=None, **options) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _attention_backward(dout, dlse, query, key, value, *rest, out_shape=None, **options) -> int:
+def _attention_backward(dout, query, key, value, *rest, out_shape=None, **options) -> int:
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 

@@ -372,11 +372,11 @@ def _run_dq(c: Call, dq, sums, dout, lse, delta, max_q: int, SUMS: int) -> None:
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    attn_mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
-    dropout_p: float, is_causal: bool, left: int, right: int, scale: float, softcap: float,
-    needs_mask: bool, needs_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool,
+    scale: float, dlse: Tensor | None = None, attn_mask: Tensor | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0, left: int = -1,
+    right: int = -1, softcap: float = 0.0, needs_mask: bool = False, needs_slopes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     c = Call(
         query, key, value, mask=attn_mask, slopes=alibi_slopes, seed=seed, dropout_p=dropout_p,
         is_causal=is_causal, left=left, right=right, scale=scale, softcap=softcap,
@@ -393,7 +393,7 @@ def attention_backward(
     shares = torch.empty_like(lse) if needs_slopes else None
     _run_dkdv(c, dk, dv, dout, lse, delta, c.Tq, c.Tk)
     _run_dq(c, dq, shares, dout, lse, delta, c.Tq, 1 if needs_slopes else 0)
-    dmask, dslopes, dsinks = (lse.new_empty(0) for _ in range(3))
+    dmask = dslopes = dsinks = None
     if needs_mask:
         dmask = mask_gradient(c, attn_mask, dout, lse, delta)
     if needs_slopes:

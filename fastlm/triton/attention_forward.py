@@ -275,9 +275,9 @@ def run_forward(
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, seed: Tensor | None, dropout_p: float, is_causal: bool, left: int, right: int,
-    scale: float, softcap: float,
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, seed: Tensor | None = None,
+    dropout_p: float = 0.0, left: int = -1, right: int = -1, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     c = Call(
         query, key, value, mask=attn_mask, slopes=alibi_slopes, seed=seed, dropout_p=dropout_p,

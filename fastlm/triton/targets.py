@@ -32,12 +32,14 @@ def _attention(
         q, k = empty(B, H[0], T[0], D), empty(B, H[1], T[1], D)
         options = (
             empty(1, H[0], *T) if mask else None, empty(B, H[0], dtype=torch.float32) if slopes else None,
-            empty(H[0], dtype=torch.float32) if sinks else None, torch.tensor(1 << 40), dropout_p, is_causal,
-            *window, 0.125, softcap,
+            empty(H[0], dtype=torch.float32) if sinks else None, torch.tensor(1 << 40), dropout_p, *window,
+            softcap,
         )  # fmt: skip
-        out, lse = kernel("attention_forward")(q, k, k, *options)
+        out, lse = kernel("attention_forward")(q, k, k, is_causal, 0.125, *options)
         if backward:
-            kernel("attention_backward")(out, lse, q, k, k, out, lse, *options, mask, slopes)
+            kernel("attention_backward")(
+                out, q, k, k, out, lse, is_causal, 0.125, lse, *options, mask, slopes
+            )
 
     return sample
 
