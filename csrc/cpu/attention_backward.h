@@ -46,7 +46,7 @@ KeyRows<operand_t<S>> rows_as_operand(const RowBlock<T>& rows, const S* src, Att
   if constexpr (Operand<S>::kPair == 2) {
     for (int64_t r = 0; r < rows.n; r += 2) {
       const bf16* odd = r + 1 < rows.n ? src + row_offset(rows, s, r + 1) : nullptr;
-      pair_rows(D, src + row_offset(rows, s, r), odd, copy + r / 2 * ld);
+      Pack<uint32_t>::across(D, src + row_offset(rows, s, r), 1, odd, copy + r / 2 * ld);
       for (int64_t d = D; d < ld; ++d) copy[r / 2 * ld + d] = 0;
     }
   } else {

@@ -109,11 +109,6 @@ FASTLM_INLINE int64_t row_offset(const RowBlock<T>& rows, AttentionStrides s, in
 
 // ---- packing ----
 
-// Words of one column of two rows of n bf16 each; without a second row, 0 stands for it.
-FASTLM_INLINE void pair_rows(int64_t n, const bf16* even, const bf16* odd, uint32_t* dst) {
-  Pack<uint32_t>::across(n, even, 1, odd, dst);
-}
-
 // dst[d][lane] = row of each lane, as operand (d counts pairs where these are paired). `tmp` holds
 // n x D elements.
 template <class S, class T>
@@ -207,13 +202,11 @@ KeyRows<operand_t<S>> rows_along_rows(const KeySource<S>& src, int64_t j0, int64
   if constexpr (sizeof(S) == sizeof(operand_t<S>)) {
     if (!src.pages && src.t * int64_t(sizeof(S)) % 1024 != 0) return {src.row(j0), src.t};
   }
+  constexpr int64_t kPair = Operand<S>::kPair;
   const int64_t ld = spread(src.D);
-  if constexpr (Operand<S>::kPair == 1) {
-    for (int64_t j = 0; j < n; ++j) convert_row(src.D, src.row(j0 + j), 1, scratch + j * ld);
-  } else {
-    for (int64_t j = 0; j < n; j += 2)
-      pair_rows(src.D, src.row(j0 + j), j + 1 < n ? src.row(j0 + j + 1) : nullptr, scratch + j / 2 * ld);
-  }
+  for (int64_t j = 0; j < n; j += kPair)
+    Pack<operand_t<S>>::across(src.D, src.row(j0 + j), 1, j + 1 < n ? src.row(j0 + j + 1) : nullptr,
+                               scratch + j / kPair * ld);
   return {scratch, ld};
 }
 

@@ -216,9 +216,9 @@ inline void pack_rows(int64_t M, int64_t K, const S* src, int64_t am, int64_t ak
 
 // The n elements at src into the cache. Rows of a matrix often lie a page apart, where the hardware sees no stream.
 template <class S> FASTLM_INLINE void prefetch(int64_t n, const S* src) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(src + i);
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(src + i, 0, 2);
 }
-inline constexpr int64_t kAhead = 16;  // steps of k between a row's prefetch and its packing
+inline constexpr int64_t kAhead = 32;  // steps of k between a row's prefetch and its packing
 
 // The same where its rows lie side by side: as panels of kMR rows.
 template <class E, class S>

@@ -59,7 +59,7 @@ template <class S> struct LinearPlan {
   static constexpr bool kDirect = sizeof(S) == sizeof(T);
 
   int64_t tiles, segments;           // of the vocabulary
-  int64_t blocks, width, panels;     // of a chunk's tokens: blocks of `width`, of `panels` panels
+  int64_t blocks, width;             // of a chunk's tokens: blocks of `width`, in the last chunk of less
   int64_t chunks;
   int64_t weight_buffers;            // sums of dW beside the output
   bool keep;                         // the logits of a chunk
@@ -77,11 +77,10 @@ template <class S> struct LinearPlan {
     blocks = least(blocks, 1 + 32 * kMiB / int64_t(greatest<int64_t>(weights, 1) * sizeof(T)));
     // A 16-bit dW is summed in a buffer of its size in float32, which the tiles leave room for.
     const int64_t budget = (kDirect ? 104 : 52) * kMiB / int64_t(C * blocks * sizeof(T));
-    const int64_t widest = least(kTokens, greatest(budget, kNR)) / kNR * kNR;
+    const int64_t widest = least(kTokens, greatest(budget, kNR)) / kL * kL;
     chunks = ceil_div(N, blocks * widest);
     width = round_up(ceil_div(N, blocks * chunks), kL);  // chunks of one size
     chunks = ceil_div(p.N, blocks * width);
-    panels = ceil_div(width, kNR);
     const int64_t dx_size = blocks * D * width;
     segments = least(segments, greatest<int64_t>(48 * kMiB / int64_t(dx_size * sizeof(T)), 4));
     keep = gradient && p.forward;
@@ -119,18 +118,24 @@ template <class S> struct LinearCrossEntropy {
   const Plan plan;
   T* const base;
   int64_t chunk = 0, head = 0;
+  int64_t width, panels;  // a block's columns in this chunk: panels of kNR, the last one up to a vector wider
 
   explicit LinearCrossEntropy(const LinearCrossEntropyParams& params)
       : p(params), plan(params), base(static_cast<T*>(params.scratch)) {}
 
+  void begin_chunk(int64_t i) {
+    chunk = i;
+    width = least(plan.width, round_up(p.N - first_token(0), kL));
+    panels = greatest<int64_t>(1, ceil_div(width - kL, kNR));
+  }
+
   // ---- places ----
 
-  int64_t width() const { return plan.width; }
-  int64_t first_token(int64_t block) const { return (chunk * plan.blocks + block) * width(); }
+  int64_t first_token(int64_t block) const { return (chunk * plan.blocks + block) * plan.width; }
   int64_t tokens(int64_t block) const {  // of the block, 0 past the end
-    return greatest<int64_t>(0, least(width(), p.N - first_token(block)));
+    return greatest<int64_t>(0, least(width, p.N - first_token(block)));
   }
-  int64_t panel_width(int64_t panel) const { return least(kNR, width() - panel * kNR); }
+  int64_t panel_width(int64_t panel) const { return panel + 1 < panels ? kNR : width - panel * kNR; }
   int64_t rows(int64_t tile) const { return least(kRows, p.C - tile * kRows); }
   int64_t depth() const { return ceil_div(p.D, kPair); }
   int64_t index(int64_t n) const { return n * p.S + head; }  // a token's place in [N][S]
@@ -139,14 +144,14 @@ template <class S> struct LinearCrossEntropy {
     return static_cast<const S*>(p.linear_weight) + (v * p.S + head) * p.D;
   }
   T* kept_tile(int64_t block, int64_t tile) const {
-    return base + plan.logits + (block * p.C + tile * kRows) * width();
+    return base + plan.logits + (block * p.C + tile * kRows) * width;
   }
   enum Partial { kMaximum, kSum, kMass, kDot };
   T* partial(Partial what, int64_t tile, int64_t block) const {  // [width]
-    return base + plan.partial + ((what * plan.tiles + tile) * plan.blocks + block) * width();
+    return base + plan.partial + ((what * plan.tiles + tile) * plan.blocks + block) * width;
   }
   T* dx_sum(int64_t segment, int64_t block) const {  // [D][width]
-    return base + plan.dx + (segment * plan.blocks + block) * p.D * width();
+    return base + plan.dx + (segment * plan.blocks + block) * p.D * width;
   }
   T* dw_sum(int64_t block, int64_t v) const {  // row [D] of [C][S][D]
     const int64_t row = (v * p.S + head) * p.D;
@@ -158,15 +163,15 @@ template <class S> struct LinearCrossEntropy {
   }
   T* db_sum(int64_t block) const { return base + plan.db + block * p.C * p.S; }  // [C][S]
   E* xt_panel(int64_t block, int64_t panel) const {  // [D / kPair][panel_width]
-    return reinterpret_cast<E*>(base + plan.xt) + (block * width() + panel * kNR) * depth();
+    return reinterpret_cast<E*>(base + plan.xt) + (block * width + panel * kNR) * depth();
   }
   E* x_panel(int64_t block, int64_t panel) const {  // [width / kPair][kNR]
-    const int64_t steps = width() / kPair;
+    const int64_t steps = width / kPair;
     return reinterpret_cast<E*>(base + plan.x) + steps * (block * round_up(p.D, kNR) + panel * kNR);
   }
   enum PerToken { kLse, kLow, kTargetLogit, kTokenMass, kSoftmax, kOnehot, kSmooth, kProbs };
   T* per_token(PerToken what, int64_t block) const {  // [width]
-    return base + plan.token + (what * plan.blocks + block) * width();
+    return base + plan.token + (what * plan.blocks + block) * width;
   }
 
   // Per-thread buffers.
@@ -178,7 +183,7 @@ template <class S> struct LinearCrossEntropy {
     E *along, *across;  // the gradient tile as an operand: the tile itself, or what round_tile makes of it
   };
   Local local() const {
-    const int64_t D = round_up<int64_t>(p.D, 16), tile = kRows * width();
+    const int64_t D = round_up<int64_t>(p.D, 16), tile = kRows * width;
     const int64_t rounded = kPair == 1 ? 0 : tile / kPair;
     E* at = static_cast<E*>(thread_scratch(
         kScratchKernel,
@@ -202,8 +207,8 @@ template <class S> struct LinearCrossEntropy {
 
   // X^T and X of the chunk's tokens as panels of the compute type, zero where there is no token.
   void pack_input() const {
-    parallel_items(p.pool, plan.blocks * plan.panels, [&](int64_t item) {
-      const int64_t block = item / plan.panels, panel = item % plan.panels;
+    parallel_items(p.pool, plan.blocks * panels, [&](int64_t item) {
+      const int64_t block = item / panels, panel = item % panels;
       const int64_t w = panel_width(panel), n0 = first_token(block) + panel * kNR;
       const int64_t n = greatest<int64_t>(0, least(w, tokens(block) - panel * kNR));
       E* const row = static_cast<E*>(thread_scratch(kScratchPack, size_t(round_up(p.D, kNR)) * sizeof(E)));
@@ -238,11 +243,11 @@ template <class S> struct LinearCrossEntropy {
         for (int64_t v = 0; v < M; ++v)
           Pack<E>::along(least(K * kPair, p.D - d0), weight_row(v0 + v) + d0, 1, l.converted + v * kKC);
       }
-      for (int64_t panel = 0; panel < plan.panels; ++panel) {
+      for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t w = panel_width(panel);
         const E* b = xt_panel(block, panel) + k0 * w;
-        if (k0 == 0) matmul<Mul, kRowMajor, kOverwrite>(M, w, K, a, lda, b, w, out + panel * kNR, width());
-        else matmul<Mul, kRowMajor, kAccumulate>(M, w, K, a, lda, b, w, out + panel * kNR, width());
+        if (k0 == 0) matmul<Mul, kRowMajor, kOverwrite>(M, w, K, a, lda, b, w, out + panel * kNR, width);
+        else matmul<Mul, kRowMajor, kAccumulate>(M, w, K, a, lda, b, w, out + panel * kNR, width);
       }
     }
     const T cap = T(p.token.softcap);
@@ -250,8 +255,8 @@ template <class S> struct LinearCrossEntropy {
     if (!bias && cap == 0) return;
     for (int64_t v = 0; v < M; ++v) {
       const V b = splat(bias ? to_compute(bias[index(v0 + v)]) : T(0));
-      T* const row = out + v * width();
-      for (int64_t j = 0; j < width(); j += kL) {
+      T* const row = out + v * width;
+      for (int64_t j = 0; j < width; j += kL) {
         const V x = load(row + j) + b;
         store(row + j, cap == 0 ? x : capped(x, cap));
       }
@@ -274,16 +279,16 @@ template <class S> struct LinearCrossEntropy {
       for (int64_t j = 0; j < n; j += kNR) {
         const int64_t w = least(kNR, n - j);
         pack_rows(w, M, q + j * t.probs_at.n, t.probs_at.n, 1, l.edge, kRows);
-        transpose(w, M, l.edge, kRows, out + j, width());
+        transpose(w, M, l.edge, kRows, out + j, width);
       }
     } else {
-      pack_rows(M, n, q, t.probs_at.c, t.probs_at.n, out, width());
+      pack_rows(M, n, q, t.probs_at.c, t.probs_at.n, out, width);
     }
     for (int64_t v = 0; v < M; ++v) {
-      T* const row = out + v * width();
+      T* const row = out + v * width;
       const T w = class_weight(v0 + v);
       for (int64_t j = 0; j < n; ++j) row[j] = (row[j] * (1 - e) + e / T(p.C)) * w;
-      for (int64_t j = n; j < width(); ++j) row[j] = 0;
+      for (int64_t j = n; j < width; ++j) row[j] = 0;
     }
   }
 
@@ -295,20 +300,20 @@ template <class S> struct LinearCrossEntropy {
     T* const sum = partial(kSum, tile, block);
     T* const mass = partial(kMass, tile, block);
     T* const dot = partial(kDot, tile, block);
-    for (int64_t j = 0; j < width(); j += kL) {
+    for (int64_t j = 0; j < width; j += kL) {
       V top = splat(T(-kInfinity));
-      for (int64_t v = 0; v < M; ++v) top = max(top, load(x + v * width() + j));
+      for (int64_t v = 0; v < M; ++v) top = max(top, load(x + v * width + j));
       const V r = finite(top);
       V s{};
-      for (int64_t v = 0; v < M; ++v) s += exp_negative(load(x + v * width() + j) - r);
+      for (int64_t v = 0; v < M; ++v) s += exp_negative(load(x + v * width + j) - r);
       store(m + j, top);
       store(sum + j, s);
       if (!smooth && !mixed) continue;
       V f_sum{}, d{};
       for (int64_t v = 0; v < M; ++v) {
-        const V f = mixed ? load(mixed + v * width() + j) : splat(class_weight(v0 + v));
+        const V f = mixed ? load(mixed + v * width + j) : splat(class_weight(v0 + v));
         f_sum += f;
-        d += f * (load(x + v * width() + j) - r);
+        d += f * (load(x + v * width + j) - r);
       }
       store(mass + j, f_sum);
       store(dot + j, d);
@@ -318,7 +323,7 @@ template <class S> struct LinearCrossEntropy {
     T* const x_y = per_token(kTargetLogit, block);
     for (int64_t j = 0; j < tokens(block); ++j) {
       const int64_t v = y[j * p.S] - v0;
-      if (v >= 0 && v < M) x_y[j] = x[v * width() + j];
+      if (v >= 0 && v < M) x_y[j] = x[v * width + j];
     }
   }
 
@@ -378,7 +383,7 @@ template <class S> struct LinearCrossEntropy {
   }
 
   void chunk_tokens() const {
-    const int64_t vectors = width() / kL;
+    const int64_t vectors = width / kL;
     parallel_items(p.pool, plan.blocks * vectors, [&](int64_t item) {
       const int64_t block = item / vectors, j0 = item % vectors * kL;
       if (p.forward) combine(block, j0);
@@ -416,13 +421,13 @@ template <class S> struct LinearCrossEntropy {
     const int64_t* y = p.token.target ? p.token.target + index(first_token(block)) : nullptr;
     for (int64_t v = 0; v < M; ++v) {
       const T w = class_weight(v0 + v);
-      const T* const in = x + v * width();
-      T* const out = g + v * width();
-      for (int64_t j = 0; j < width(); j += kL) {
+      const T* const in = x + v * width;
+      T* const out = g + v * width;
+      for (int64_t j = 0; j < width; j += kL) {
         const V xs = load(in + j), as = load(a + j);
         V d = select(as == V{}, V{}, as * exp_negative((xs - load(lse + j)) - load(low + j)));
         if (smoothed) d -= load(smooth + j) * splat(w);
-        if (mixed) d -= load(probs + j) * load(mixed + v * width() + j);
+        if (mixed) d -= load(probs + j) * load(mixed + v * width + j);
         if (cap != 0) d *= capped_slope(xs, cap);
         store(out + j, d);
       }
@@ -433,7 +438,7 @@ template <class S> struct LinearCrossEntropy {
       if (v < 0 || v >= M || onehot[j] == 0) continue;
       // From the kept logit: x may have been overwritten above.
       const T slope = cap == 0 ? T(1) : capped_slope(splat(per_token(kTargetLogit, block)[j]), cap)[0];
-      g[v * width() + j] -= onehot[j] * slope;
+      g[v * width + j] -= onehot[j] * slope;
     }
   }
 
@@ -443,7 +448,7 @@ template <class S> struct LinearCrossEntropy {
     const int64_t* y = p.token.target + index(first_token(block));
     for (int64_t j = 0; j < tokens(block); ++j) {
       const int64_t v = y[j * p.S] - tile * kRows;
-      if (v >= 0 && v < rows(tile)) per_token(kTargetLogit, block)[j] = x[v * width() + j];
+      if (v >= 0 && v < rows(tile)) per_token(kTargetLogit, block)[j] = x[v * width + j];
     }
   }
 
@@ -451,7 +456,7 @@ template <class S> struct LinearCrossEntropy {
     T* const sums = db_sum(block);
     for (int64_t v = 0; v < rows(tile); ++v) {
       V s{};
-      each_vector<T>(tokens(block), [&](int64_t j, auto w) { s += load<T>(g + v * width() + j, w); });
+      each_vector<T>(tokens(block), [&](int64_t j, auto w) { s += load<T>(g + v * width + j, w); });
       sums[index(tile * kRows + v)] += reduce_add(s);
     }
   }
@@ -460,14 +465,14 @@ template <class S> struct LinearCrossEntropy {
   // panels of pairs of classes [rows / 2][panel_width], 0 behind the last class.
   void round_tile(int64_t tile, const Local& l) const {
     const int64_t M = rows(tile);
-    for (int64_t panel = 0; panel < plan.panels; ++panel)
+    for (int64_t panel = 0; panel < panels; ++panel)
       for (int64_t v = 0; v < M; v += 2)
         for (int64_t j = 0; j < panel_width(panel); j += kL) {
-          const int64_t at = v * width() + panel * kNR + j;
-          const V even = load(l.tile + at), odd = v + 1 < M ? load(l.tile + at + width()) : V{};
+          const int64_t at = v * width + panel * kNR + j;
+          const V even = load(l.tile + at), odd = v + 1 < M ? load(l.tile + at + width) : V{};
           bf16* const along = reinterpret_cast<bf16*>(l.along) + at;
           // A tile has an even number of rows, this one may have less.
-          const Words pairs = store_pair(along, along + width(), even, odd);
+          const Words pairs = store_pair(along, along + width, even, odd);
           E* const across = l.across + panel * kNR * ceil_div(M, kPair) + v / 2 * panel_width(panel);
           __builtin_memcpy(across + j, &pairs, sizeof pairs);
         }
@@ -475,7 +480,7 @@ template <class S> struct LinearCrossEntropy {
 
   // dW[v] += sum over tokens of g[v][token] x[token]
   void add_weight_gradient(int64_t block, int64_t tile, const Local& l) const {
-    const int64_t M = rows(tile), v0 = tile * kRows, ldc = p.S * p.D, ldg = width() / kPair;
+    const int64_t M = rows(tile), v0 = tile * kRows, ldc = p.S * p.D, ldg = width / kPair;
     const int64_t steps = ceil_div(tokens(block), kPair);
     for (int64_t d = 0; d < p.D; d += kNR) {
       const E* x = x_panel(block, d / kNR);
@@ -508,12 +513,12 @@ template <class S> struct LinearCrossEntropy {
   void add_input_gradient(int64_t tile, const Local& l, T* out, bool first) const {
     const int64_t M = rows(tile), v0 = tile * kRows, K = ceil_div(M, kPair);
     pack_row_panels(p.D, M, weight_row(v0), p.S * p.D, l.packed);
-    for (int64_t panel = 0; panel < plan.panels; ++panel) {
-      const int64_t w = panel_width(panel), ldb = kPair == 1 ? width() : w;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t w = panel_width(panel), ldb = kPair == 1 ? width : w;
       const E* b = l.across + panel * kNR * (kPair == 1 ? 1 : K);
       T* const c = out + panel * kNR;
-      if (first) matmul<Mul, kPanels, kOverwrite>(p.D, w, K, l.packed, K, b, ldb, c, width());
-      else matmul<Mul, kPanels, kAccumulate>(p.D, w, K, l.packed, K, b, ldb, c, width());
+      if (first) matmul<Mul, kPanels, kOverwrite>(p.D, w, K, l.packed, K, b, ldb, c, width);
+      else matmul<Mul, kPanels, kAccumulate>(p.D, w, K, l.packed, K, b, ldb, c, width);
     }
   }
 
@@ -544,22 +549,22 @@ template <class S> struct LinearCrossEntropy {
 
   // The segments' sums of dX^T, added in order and turned around.
   void finish_input_gradient() const {
-    constexpr int64_t kD = 64;
-    parallel_items(p.pool, plan.blocks * plan.panels, [&](int64_t item) {
-      const int64_t block = item / plan.panels, panel = item % plan.panels;
+    constexpr int64_t kD = 64, kWidest = kNR + kL;
+    parallel_items(p.pool, plan.blocks * panels, [&](int64_t item) {
+      const int64_t block = item / panels, panel = item % panels;
       const int64_t w = panel_width(panel), n0 = first_token(block) + panel * kNR;
       const int64_t n = greatest<int64_t>(0, least(w, tokens(block) - panel * kNR));
-      T sums[kD * kNR], turned[kNR * kD];
+      T sums[kD * kWidest], turned[kWidest * kD];
       for (int64_t d0 = 0; d0 < p.D && n > 0; d0 += kD) {
         const int64_t D = least(kD, p.D - d0);
         for (int64_t d = 0; d < D; ++d)
           for (int64_t j = 0; j < w; j += kL) {
             V sum{};
             for (int64_t s = 0; s < plan.segments; ++s)
-              sum += load(dx_sum(s, block) + (d0 + d) * width() + panel * kNR + j);
-            store(sums + d * kNR + j, sum);
+              sum += load(dx_sum(s, block) + (d0 + d) * width + panel * kNR + j);
+            store(sums + d * kWidest + j, sum);
           }
-        transpose(D, n, sums, kNR, turned, kD);
+        transpose(D, n, sums, kWidest, turned, kD);
         for (int64_t i = 0; i < n; ++i) {
           S* const out = static_cast<S*>(p.dinput) + (n0 + i) * p.D + d0;
           each_vector<T>(D, [&](int64_t d, auto lanes) { store(out + d, load<T>(turned + i * kD + d, lanes), lanes); });
@@ -587,7 +592,8 @@ template <class S> struct LinearCrossEntropy {
     if (p.dlinear_bias) __builtin_memset(base + plan.db, 0, size_t(plan.blocks * biases) * sizeof(T));
     if (p.dlinear_weight) clear_weight_sums();
     const bool gradient = p.dinput || p.dlinear_weight || p.dlinear_bias;
-    for (chunk = 0; chunk < plan.chunks; ++chunk) {
+    for (int64_t i = 0; i < plan.chunks; ++i) {
+      begin_chunk(i);
       pack_input();
       for (head = 0; head < p.S; ++head) {
         if (p.forward) chunk_logits();
@@ -605,7 +611,7 @@ template <class S> struct LinearCrossEntropy {
 
   // A block without tokens in the first chunk writes nothing: its sums start from 0.
   void clear_weight_sums() {
-    chunk = head = 0;
+    begin_chunk(head = 0);
     const size_t bytes = size_t(p.C * p.S * p.D) * sizeof(T);
     for (int64_t block = 0; block < plan.blocks; ++block)
       if (tokens(block) == 0) __builtin_memset(dw_sum(block, 0), 0, bytes);
