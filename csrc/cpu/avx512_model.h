@@ -65,6 +65,11 @@ template <class T, class V> FASTLM_MODEL V scalef_lanes(V a, V b) {
   return a;
 }
 
+FASTLM_MODEL __m512 fnmadd(__m512 a, __m512 b, __m512 c) {  // c - a * b, rounded once
+  for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(-a[i], b[i], c[i]);
+  return c;
+}
+
 // As far from 1 / v as the instruction may be: 2^-14 of it.
 FASTLM_MODEL __m512 reciprocal14(__m512 v) {
   const __m512 y = 1.f / v;
@@ -165,6 +170,7 @@ FASTLM_MODEL __m512i blend(uint32_t mask, __m512i a, __m512i b) {
 #define _mm512_mask_storeu_pd instruction::store<double>
 #define _mm256_mask_storeu_epi16 instruction::store<uint16_t>
 #define _mm512_stream_si512 instruction::stream
+#define _mm512_fnmadd_ps instruction::fnmadd
 #define _mm512_max_ps instruction::max
 #define _mm512_max_pd instruction::max
 #define _mm512_min_ps instruction::min

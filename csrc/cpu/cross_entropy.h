@@ -10,9 +10,9 @@
 // cache once for its maximum, its sum of exponentials (rescaled online, Milakov and Gimelshein,
 // arXiv:1805.02867) and the sums that smoothing or probabilities need; where the upstream gradient
 // is known in the forward, the exponentials are kept in the second level, and the gradient is a
-// multiple of them. The backward otherwise needs x and lse. Two layouts: classes contiguous in memory (a row is a
-// token) or positions contiguous (lanes are tokens, the softmax is vertical), so that neither
-// (N, T, C).transpose(1, 2) nor an image is transposed.
+// multiple of them, written while the next row is read. The backward otherwise needs x and lse. Two
+// layouts: classes contiguous in memory (a row is a token) or positions contiguous (lanes are tokens,
+// the softmax is vertical), so that neither (N, T, C).transpose(1, 2) nor an image is transposed.
 #pragma once
 #include "token_loss.h"
 
@@ -56,6 +56,7 @@ template <class S> struct Row {
   const CrossEntropyParams& p;
   const S* x;        // [C]
   const S* q;        // [C], null with class indices; stride probs_at.c
+  S* dx;             // [C], or null
   int64_t i;         // place in [N][S]
   T* values;         // [kBlock] scratch
   T* mixed;          // [kBlock] scratch: w_c q'_c
@@ -131,7 +132,7 @@ template <class S> struct Row {
   FASTLM_INLINE static Block exponentials(const X* v, int64_t n, T r, const Keep& keep) {
     V sum{}, m = splat(T(-kInfinity));
     each_vector<T>(n, [&](int64_t c, auto w) {
-      const V each = load<T>(v + c, w), e = exp_negative(each - splat(r));
+      const V each = load<T>(v + c, w), e = exp_below<S>(each - splat(r));
       keep(c, e, w);
       m = max(m, fill_rest(each, w, T(-kInfinity)));
       sum += fill_rest(e, w, T(0));
@@ -139,7 +140,8 @@ template <class S> struct Row {
     return {double(reduce_add(sum)), reduce_max(m)};
   }
 
-  T forward() const {
+  // The loss, and sum_c w_c q'_c. before(c0) gives the lines to write beside the exponentials of the block from c0 on.
+  template <class Before> T forward(const Before& before) const {
     const TokenLoss& t = p.token;
     const bool ignored = t.target && t.target[i] == t.ignore_index;
     T& loss = static_cast<T*>(t.loss)[i];
@@ -151,6 +153,7 @@ template <class S> struct Row {
     Sums<T> sums{};
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
+      Lines lines = before(c0);
       with_block(c0, n, [&](const auto* v) {
         if (m == T(-kInfinity)) m = block_max(v, n), r = finite_max(m);
         if (c0 == 0) sums.r = m > T(-kInfinity) && m < T(kInfinity) ? m : T(0);
@@ -158,7 +161,8 @@ template <class S> struct Row {
           // The memory works on the block after meanwhile: for the second level, where the first is to keep.
           const auto* const next = v + n;
           if (!kept) return exponentials(v, n, r, [next](int64_t c, V, auto) { __builtin_prefetch(next + c); });
-          return exponentials(v, n, r, [next, to = kept + c0](int64_t c, V e, auto w) {
+          return exponentials(v, n, r, [next, lines, to = kept + c0](int64_t c, V e, auto w) FASTLM_INLINED {
+            lines.write(c);
             __builtin_prefetch(next + c, 0, 2);
             store(to + c, e, w);
           });
@@ -169,6 +173,7 @@ template <class S> struct Row {
           r = finite_max(block.max);
           // 0 before the first block, where the factor of logits far below 0 is infinite
           if (sum != 0) sum *= double(exp(splat(before - r))[0]);
+          lines = {};
           block = relative();
         }
         m = greatest(m, block.max);
@@ -196,65 +201,92 @@ template <class S> struct Row {
     return T(sums.mass);
   }
 
-  void gradient(S* dx, T mass) const {
-    const TokenLoss& t = p.token;
-    const T lse = static_cast<const T*>(t.lse)[i], low = static_cast<const T*>(t.low)[i];
-    const Coefficients<T> k = coefficients(t, p.C, i, lse, mass);
-    if (k.softmax == 0 && k.onehot == 0 && k.smooth == 0 && k.probs == 0) {
-      each_vector<T>(p.C, [&](int64_t c, auto w) { store(dx + c, Vec<T>{}, w); });
-      return;
-    }
-    const bool plain = k.smooth == 0 && k.probs == 0 && t.softcap == 0;
-    for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
-      const int64_t n = least(kBlock, p.C - c0);
-      if (plain && kept) {
-        // By value: what is captured by reference is read again behind every store.
-        const V factor = splat(k.softmax * exp(splat((references[c0 / kBlock] - lse) - low))[0]);
-        write(dx + c0, n, [factor, e = kept + c0](int64_t c, auto w) { return load<T>(e + c, w) * factor; });
-      } else if (plain) {
-        write(dx + c0, n, [&](int64_t c, auto w) { return softmax(load<T>(x + c0 + c, w), k.softmax, lse, low); });
-      } else {
-        with_block(c0, n, [&](const auto* v) { general_block(dx + c0, c0, v, n, k, lse, low); });
-      }
-    }
-    if (k.y >= 0) {
-      T d = k.softmax * exp(splat((value(k.y) - lse) - low))[0] - k.onehot;
-      if (k.smooth != 0) d -= k.smooth * (weight() ? weight()[k.y] : T(1));
-      if (t.softcap != 0) d *= capped_slope(splat(value(k.y)), T(t.softcap))[0];
-      dx[k.y] = from_compute<S>(d);
-    }
+  T lse() const { return static_cast<const T*>(p.token.lse)[i]; }
+  T low() const { return static_cast<const T*>(p.token.low)[i]; }
+
+  // dx of the target, where there is one, after its block.
+  void gradient_of_target(const Coefficients<T>& k) const {
+    if (k.y < 0) return;
+    const T cap = T(p.token.softcap);
+    T d = k.softmax * exp(splat((value(k.y) - lse()) - low()))[0] - k.onehot;
+    if (k.smooth != 0) d -= k.smooth * (weight() ? weight()[k.y] : T(1));
+    if (cap != 0) d *= capped_slope(splat(value(k.y)), cap)[0];
+    dx[k.y] = from_compute<S>(d);
   }
 
-  // Too large for the caches: written without reading the lines first.
+  // Too large for the caches: written in whole lines, without reading them first.
   FASTLM_INLINE bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
-  static constexpr int64_t kStreamed = kVectorBytes / int64_t(sizeof(S));  // classes in one such store
-  static int64_t to_alignment(const S* dx) {
-    return int64_t((kVectorBytes - reinterpret_cast<uintptr_t>(dx) % kVectorBytes) % kVectorBytes / sizeof(S));
+  static constexpr int64_t kLine = kVectorBytes / int64_t(sizeof(S));  // classes in one such store
+  struct Span { int64_t begin, end; };
+  FASTLM_INLINE Span whole_lines(const S* to, int64_t n) const {
+    if (!streams()) return {n, n};
+    const size_t to_line = (kVectorBytes - reinterpret_cast<uintptr_t>(to) % kVectorBytes) % kVectorBytes;
+    const int64_t begin = least(n, int64_t(to_line / sizeof(S)));
+    return {begin, begin + (n - begin) / kLine * kLine};
+  }
+  template <class D> FASTLM_INLINE static void write_line(S* to, int64_t c, const D& d) {
+    if constexpr (kLine == kLanes<T>) stream(to + c, d(c, Whole{}));
+    else stream(to + c, d(c, Whole{}), d(c + kLanes<T>, Whole{}));
+  }
+  template <class D> FASTLM_INLINE static void write_edges(S* to, int64_t n, Span lines, const D& d) {
+    each_vector<T>(lines.begin, [&](int64_t c, auto w) { store(to + c, d(c, w), w); });
+    each_vector<T>(n - lines.end, [&](int64_t c, auto w) { store(to + lines.end + c, d(lines.end + c, w), w); });
   }
 
-  // dx_c = d(c), c < n.
-  template <class D> FASTLM_INLINE void write(S* dx, int64_t n, const D& d) const {
-    int64_t c = 0;
-    if (streams()) {
-      c = least(n, to_alignment(dx));
-      each_vector<T>(c, [&](int64_t j, auto w) { store(dx + j, d(j, w), w); });
-      for (; c + kStreamed <= n; c += kStreamed)
-        if constexpr (kStreamed == kLanes<T>) stream(dx + c, d(c, Whole{}));
-        else stream(dx + c, d(c, Whole{}), d(c + kLanes<T>, Whole{}));
+  // to_c = d(c), c < n.
+  template <class D> FASTLM_INLINE void write(S* to, int64_t n, const D& d) const {
+    const Span lines = whole_lines(to, n);
+    write_edges(to, n, lines, d);
+    for (int64_t c = lines.begin; c < lines.end; c += kLine) write_line(to, c, d);
+  }
+
+  // A block's gradient where exponentials are kept: these times a factor.
+  struct Multiple {
+    const T* e;
+    V factor;
+    template <class W> FASTLM_INLINE V operator()(int64_t c, W w) const { return load<T>(e + c, w) * factor; }
+  };
+  // Its whole lines. One by one beside the next row's exponentials, which take the place of these, they cost nothing;
+  // all at once they wait for memory. write(c) reads exponentials from c on alone.
+  struct Lines {
+    S* to = nullptr;
+    int64_t count = 0;  // of classes
+    Multiple d{};
+    FASTLM_INLINE void write(int64_t c) const {
+      if (c % kLine == 0 && c < count) write_line(to, c, d);
     }
-    each_vector<T>(n - c, [&](int64_t j, auto w) { store(dx + c + j, d(c + j, w), w); });
+  };
+
+  // dx of the block from c0 on, but for the lines that are returned.
+  Lines gradient_block(const Coefficients<T>& k, int64_t c0) const {
+    const int64_t n = least(kBlock, p.C - c0);
+    const T lse = this->lse(), low = this->low();
+    S* const to = dx + c0;
+    if (k.softmax == 0 && k.onehot == 0 && k.smooth == 0 && k.probs == 0) {
+      each_vector<T>(n, [&](int64_t c, auto w) { store(to + c, V{}, w); });
+    } else if (k.smooth != 0 || k.probs != 0 || p.token.softcap != 0) {
+      with_block(c0, n, [&](const auto* v) { general_block(to, c0, v, n, k); });
+    } else if (kept) {
+      const Multiple d{kept + c0, splat(k.softmax * exp(splat((references[c0 / kBlock] - lse) - low))[0])};
+      const Span lines = whole_lines(to, n);
+      write_edges(to, n, lines, d);
+      return {to + lines.begin, lines.end - lines.begin, {d.e + lines.begin, d.factor}};
+    } else {
+      write(to, n, [&](int64_t c, auto w) { return softmax(load<T>(x + c0 + c, w), k.softmax, lse, low); });
+    }
+    return {};
   }
 
   FASTLM_INLINE static V softmax(V x, T a, T lse, T low) {
-    return splat(a) * exp_negative((x - splat(lse)) - splat(low));
+    return splat(a) * exp_below<S>((x - splat(lse)) - splat(low));
   }
 
   template <class X>
-  void general_block(S* dx, int64_t c0, const X* v, int64_t n, const Coefficients<T>& k, T lse, T low) const {
-    const T cap = T(p.token.softcap);
+  void general_block(S* to, int64_t c0, const X* v, int64_t n, const Coefficients<T>& k) const {
+    const T cap = T(p.token.softcap), lse = this->lse(), low = this->low();
     const T* f = k.probs != 0 ? mixed_block(c0, n) : k.smooth != 0 && weight() ? weight() + c0 : nullptr;
     const T scale = k.probs != 0 ? k.probs : k.smooth;
-    write(dx, n, [&](int64_t c, auto w) {
+    write(to, n, [&](int64_t c, auto w) {
       const V xs = load<T>(v + c, w);
       V d = softmax(xs, k.softmax, lse, low);
       d -= f ? splat(scale) * load<T>(f + c, w) : splat(scale);
@@ -266,7 +298,7 @@ template <class S> struct Row {
   // dq_c = g (1 - e) w_c (lse - x_c)
   void probability_gradient(S* dq) const {
     const TokenLoss& t = p.token;
-    const T lse = static_cast<const T*>(t.lse)[i], low = static_cast<const T*>(t.low)[i];
+    const T lse = this->lse(), low = this->low();
     const T g = coefficients(t, p.C, i, lse, T(0)).probs * T(1 - t.label_smoothing);
     for (int64_t c0 = 0; c0 < p.C; c0 += kBlock) {
       const int64_t n = least(kBlock, p.C - c0);
@@ -293,18 +325,40 @@ template <class S> static void run_rows(const CrossEntropyParams& p) {
     const int64_t numbers = 2 * kBlock + round_up<int64_t>(kept, kLanes<T>) + kept / kBlock + 1;
     T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, size_t(numbers) * sizeof(T)));
     T* const exponentials = scratch + 2 * kBlock;
-    for (int64_t i = begin; i < end; ++i) {
+    const auto row_at = [&](int64_t i) {
       const int64_t n = i / p.S, s = i % p.S;
-      const int64_t at_q = n * t.probs_at.n + s * t.probs_at.s;
-      const Row<S> row{p, static_cast<const S*>(p.input) + n * p.input_at.n + s * p.input_at.s,
-                       t.probs ? static_cast<const S*>(t.probs) + at_q : nullptr, i, scratch,
-                       scratch + kBlock, kept ? exponentials : nullptr,
-                       exponentials + round_up<int64_t>(kept, kLanes<T>)};
-      const T mass = p.forward ? row.forward() : row.mass();
-      if (p.dinput)
-        row.gradient(static_cast<S*>(p.dinput) + n * p.dinput_at.n + s * p.dinput_at.s, mass);
-      if (p.dprobs) row.probability_gradient(static_cast<S*>(p.dprobs) + n * p.dprobs_at.n + s * p.dprobs_at.s);
+      S* const dx = static_cast<S*>(p.dinput);
+      return Row<S>{p, static_cast<const S*>(p.input) + n * p.input_at.n + s * p.input_at.s,
+                    t.probs ? static_cast<const S*>(t.probs) + n * t.probs_at.n + s * t.probs_at.s : nullptr,
+                    dx ? dx + n * p.dinput_at.n + s * p.dinput_at.s : nullptr, i, scratch, scratch + kBlock,
+                    kept ? exponentials : nullptr, exponentials + round_up<int64_t>(kept, kLanes<T>)};
+    };
+    // The last row's gradient is written block by block, as the exponentials of this one take the place of its own.
+    int64_t last = -1, written = 0;  // -1: none is left to write; classes of it
+    Coefficients<T> k{};
+    const auto begin_block = [&](int64_t c0) {
+      if (last < 0) return typename Row<S>::Lines{};
+      written = c0 + kBlock;
+      return row_at(last).gradient_block(k, c0);
+    };
+    const auto finish = [&] {
+      if (last < 0) return;
+      while (written < p.C) {
+        const auto lines = begin_block(written);
+        for (int64_t c = 0; c < lines.count; c += Row<S>::kLine) lines.write(c);
+      }
+      row_at(last).gradient_of_target(k);
+      last = -1;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const Row<S> row = row_at(i);
+      const T mass = p.forward ? row.forward(begin_block) : row.mass();
+      finish();
+      if (row.dx) k = coefficients(t, p.C, i, row.lse(), mass), last = i, written = 0;
+      if (p.dprobs)
+        row.probability_gradient(static_cast<S*>(p.dprobs) + i / p.S * p.dprobs_at.n + i % p.S * p.dprobs_at.s);
     }
+    finish();
     stream_end();
   });
 }
@@ -371,8 +425,8 @@ template <class S> struct Tile {
         const V before = finite(load(m + j)), ms = finite(block_m);
         if (c0 == 0) store(r + j, select(ms < splat(T(kInfinity)), ms, V{}));
         const V old = load(sum + j);
-        V s = select(old == V{}, V{}, old * exp_negative(before - ms));
-        for (int64_t c = 0; c < n; ++c) s += exp_negative(load(values + c * kWidth + j) - ms);
+        V s = select(old == V{}, V{}, old * exp_below<S>(before - ms));
+        for (int64_t c = 0; c < n; ++c) s += exp_below<S>(load(values + c * kWidth + j) - ms);
         store(m + j, block_m);
         store(sum + j, s);
         if (smooth || q) {
@@ -435,7 +489,7 @@ template <class S> struct Tile {
           T* at = values + c * kWidth + j;
           const V xs = load(at);
           const V as = load(a + j);
-          V d = select(as == V{}, V{}, as * exp_negative((xs - load(lse + j)) - load(low + j)));
+          V d = select(as == V{}, V{}, as * exp_below<S>((xs - load(lse + j)) - load(low + j)));
           if (smooth) d -= load(s + j) * splat(weight(c0 + c));
           if (q) d -= load(g + j) * load(mixed + c * kWidth + j);
           if (cap != 0) d *= capped_slope(xs, cap);

@@ -305,7 +305,7 @@ template <class S> struct LinearCrossEntropy {
       for (int64_t v = 0; v < M; ++v) top = max(top, load(x + v * width + j));
       const V r = finite(top);
       V s{};
-      for (int64_t v = 0; v < M; ++v) s += exp_negative(load(x + v * width + j) - r);
+      for (int64_t v = 0; v < M; ++v) s += exp_below<S>(load(x + v * width + j) - r);
       store(m + j, top);
       store(sum + j, s);
       if (!smooth && !mixed) continue;
@@ -353,7 +353,7 @@ template <class S> struct LinearCrossEntropy {
     V sum{}, mass{}, dot{};
     for (int64_t i = 0; i < plan.tiles; ++i) {
       const V d = finite(load(partial(kMaximum, i, block) + j)) - r;
-      sum += load(partial(kSum, i, block) + j) * exp_negative(d);
+      sum += load(partial(kSum, i, block) + j) * exp_below<S>(d);
       if (!sums) continue;
       const V f = load(partial(kMass, i, block) + j);
       mass += f;
@@ -425,7 +425,7 @@ template <class S> struct LinearCrossEntropy {
       T* const out = g + v * width;
       for (int64_t j = 0; j < width; j += kL) {
         const V xs = load(in + j), as = load(a + j);
-        V d = select(as == V{}, V{}, as * exp_negative((xs - load(lse + j)) - load(low + j)));
+        V d = select(as == V{}, V{}, as * exp_below<S>((xs - load(lse + j)) - load(low + j)));
         if (smoothed) d -= load(smooth + j) * splat(w);
         if (mixed) d -= load(probs + j) * load(mixed + v * width + j);
         if (cap != 0) d *= capped_slope(xs, cap);

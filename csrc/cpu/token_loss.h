@@ -54,6 +54,9 @@ template <class T, class F> FASTLM_INLINE void each_vector(int64_t n, const F& f
 
 inline constexpr double kInfinity = __builtin_inf();
 
+// exp(x) for x up to 88, of logits of the storage type S.
+template <class S, class V> FASTLM_INLINE V exp_below(V x) { return exp_negative<sizeof(S) == 2>(x); }
+
 // exp(-inf - -inf) must not become NaN while only -inf has been seen. A NaN is not kept as a
 // maximum either: it comes through the sum.
 template <class T> FASTLM_INLINE T finite_max(T m) { return m > T(-kInfinity) ? m : T(0); }

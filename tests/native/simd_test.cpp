@@ -45,6 +45,8 @@ template <class T> void test_functions() {
     const double want = 1 / (1 + std::exp(-double(T(x))));
     expect(ulps<T>(sigmoid(splat(T(x)))[0], want) <= 3, "sigmoid", x);
     if (x <= 0) expect(ulps<T>(exp_negative(splat(T(x)))[0], std::exp(double(T(x)))) <= exp_ulps, "exp_negative", x);
+    const double rough = double(exp_negative<true>(splat(T(x)))[0]) / std::exp(double(T(x)));
+    if (x <= 0) expect(std::fabs(rough - 1) <= 0x1p-20, "rough exp_negative", x);
   };
   for (int i = 0; i <= 20000; ++i) check(bottom + (top - bottom) * i / 20000);
   for (int i = 0; i <= 20000; ++i) check_sigmoid(bottom + (top - bottom) * i / 20000);
@@ -57,6 +59,7 @@ template <class T> void test_functions() {
   expect(sigmoid(splat(-inf))[0] == 0 && sigmoid(splat(inf))[0] == 1, "sigmoid(inf)", 0);
   expect(std::isnan(sigmoid(splat(nan))[0]) && std::isnan(exp_negative(splat(nan))[0]), "NaN of a sigmoid", 0);
   expect(exp_negative(splat(-inf))[0] == 0 && exp_negative(splat(T(-1e30)))[0] == 0, "exp_negative(-inf)", 0);
+  expect(exp_negative<true>(splat(-inf))[0] == 0 && std::isnan(exp_negative<true>(splat(nan))[0]), "rough exp_negative", 0);
   expect(std::signbit(tanh(splat(T(-0.)))[0]) && !std::signbit(tanh(splat(T(0)))[0]), "tanh(0)", 0);
   Vec<T> v;
   for (int i = 0; i < kLanes<T>; ++i) v[i] = T((i * 7) % kLanes<T>);
