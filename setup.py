@@ -245,7 +245,8 @@ def cuda_rules(nvcc, output=None, names="*"):
     archs = chosen_archs(nvcc)
     sources = sorted(path for name in names.split(",") for path in CSRC.glob(f"cuda/{name}.cu"))
     sources += sorted(CSRC.glob("cuda/*.cpp")) if output else []
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    real = ["90a" if arch == "90" else arch for arch in archs]  # with wgmma; every GPU of 9.0 runs it
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in real]
     if int(archs[-1]) >= 80:  # what is compiled for sm_75 has not all of what is launched on others
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())

@@ -381,7 +381,7 @@ def packed(
     return Case(id, build, eager=False)
 
 
-def paged(id: str, q_lengths: Sequence[int], used: Sequence[int], page: int, **options) -> Case:
+def paged(id: str, q_lengths: Sequence[int], used: Sequence[int], page: int, D: int = 8, **options) -> Case:
     """Keys and values in pages of a pool, in any order; inference only."""
 
     def build(dtype, seed):
@@ -390,14 +390,14 @@ def paged(id: str, q_lengths: Sequence[int], used: Sequence[int], page: int, **o
         pages = max(-(-n // page) for n in used)
         pool = len(used) * pages + 1
         order = torch.randperm(pool, generator=draw.generator)[: len(used) * pages]
-        k, v = draw(pool, page, 2, 8, grad=False), draw(pool, page, 2, 8, grad=False)
+        k, v = draw(pool, page, 2, D, grad=False), draw(pool, page, 2, D, grad=False)
         kwargs = dict(
             options,
             enable_gqa=True,
             seqused_k=torch.tensor(used, dtype=torch.int32),
             block_table=order.view(len(used), pages).to(torch.int32),
         )
-        q = draw(int(at_q[-1]), 4, 8, grad=False)
+        q = draw(int(at_q[-1]), 4, D, grad=False)
         return (q, k, v, at_q, None, max(q_lengths), max(used)), kwargs
 
     return Case(id, build, eager=False)

@@ -32,7 +32,7 @@ MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100
 # What a kernel must be made of: MATRIX has tensor-core instructions where it multiplies 16-bit types or tf32, MEMORY
 # 16-byte loads. OTHERS are small beside these, or read what lies scattered.
 MATRIX = {
-    "attention_forward", "attention_backward_keys", "attention_backward_rows", "attention_mask_backward",
+    "attention_forward", "attention_forward_warpgroups", "attention_backward_keys", "attention_backward_rows", "attention_mask_backward",
     "gru_forward", "gru_forward_step", "gru_backward", "gru_backward_step",
 }  # fmt: skip
 MEMORY = MATRIX | {"attention_combine", "cross_entropy_rows"}
@@ -127,7 +127,7 @@ def launches(targets: tuple[str, ...]) -> dict[str, dict[str, tuple[int, int]]]:
             if tf32 and target.arch < 80:
                 continue
             dtypes = (torch.float32,) if tf32 else (torch.float32, torch.bfloat16, torch.float16)
-            with simt.listing(MULTIPROCESSORS[name], target.shared_memory, tf32) as listed:
+            with simt.listing(MULTIPROCESSORS[name], target.shared_memory, tf32, target.arch == 90) as listed:
                 for function, arguments in calls:
                     if arguments[0][0].dtype in dtypes or not tf32:
                         run(function, arguments, 0)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import OPERATORS, attention, packed
+from cases import OPERATORS, attention, packed, paged
 from harness import check_tf32, compare
 from test_operators import name_of
 
@@ -33,6 +33,58 @@ FORWARD = (
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.id)
 def test_forward(case, dtype, cuda_host):
     compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
+
+
+# Blocks of 128 rows, tiles of 128 keys in two pieces.
+WARPGROUPS = (
+    attention("one-piece", 1, 1, (128, 64), 64, grad=False, return_lse=True),
+    attention("one-key", 1, 1, (65, 1), 40, grad=False),
+    attention("no-key", 1, 1, (70, 0), 64, grad=False, return_lse=True),
+    attention("tiles-64", 1, (4, 2), (65, 257), 64, grad=False, is_causal=True),
+    attention("tiles-128", 1, 1, (129, 450), 128, grad=False, return_lse=True),
+    attention("rising", 1, 1, (80, 400), 64, scale=20.0, grad=False),
+    attention("causal", 1, (2, 1), (150, 150), 128, grad=False, is_causal=True),
+    attention("window", 2, 1, (200, 520), (72, 128), grad=False, window_size=(70, 9), return_lse=True),
+    attention("sinks", 1, (2, 1), (300, 90), (128, 64), sinks=True, grad=False, window_size=(20, 0)),
+)
+
+
+def by_warpgroups():
+    return any("attention_forward_warpgroups" in kernel for kernel in simt.ran())
+
+
+@pytest.mark.parametrize("case", WARPGROUPS, ids=lambda case: case.id)
+def test_warpgroups(case, cuda_host):
+    with simt.gpu(**DEVICES["sm_90"]):
+        for dtype in (torch.bfloat16, torch.float16):
+            compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
+    assert by_warpgroups()
+
+
+# Sequences of no row, of some of a block, of several blocks; of no key.
+PACKED = (
+    packed("packed", (1, 70, 0, 200), (30, 0, 9, 300), (4, 2), 72, lse=True),
+    paged("pages", (90, 3), (270, 20), 16, 64, window_size=(-1, 0)),
+)
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
+def test_packed_warpgroups(case, cuda_host):
+    with simt.gpu(**DEVICES["sm_90"]):
+        compare(OPERATORS["varlen_attn"], case, torch.bfloat16)
+    assert by_warpgroups()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
+@pytest.mark.parametrize("case", (*FORWARD, *WARPGROUPS), ids=lambda case: case.id)
+def test_on_a_gpu(case, dtype, cuda_device):
+    compare(OPERATORS["scaled_dot_product_attention"], case, dtype, device=cuda_device)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
+def test_packed_on_a_gpu(case, dtype, cuda_device):
+    compare(OPERATORS["varlen_attn"], case, dtype, device=cuda_device)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
@@ -93,14 +145,18 @@ BACKWARD = (
     attention("mask-of-one", 2, 2, (70, 66), mask=(1, 1), mask_dtype="same", return_lse=True),
 )
 # Multiprocessors, and shared memory that a block may use. With one, the rows of a block of keys are not shared.
-DEVICES = {"sm_75": (1, 64 << 10), "sm_86": (4, 99 << 10), "sm_90": (64, 227 << 10)}
+DEVICES = {
+    "sm_75": {"multiprocessors": 1, "shared_bytes": 64 << 10},
+    "sm_86": {},
+    "sm_90": {"multiprocessors": 64, "shared_bytes": 227 << 10, "warpgroups": True},
+}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", BACKWARD, ids=lambda case: case.id)
 def test_backward(case, device, cuda_host):
     turn = BACKWARD.index(case) + list(DEVICES).index(device)
-    with simt.gpu(*DEVICES[device]):
+    with simt.gpu(**DEVICES[device]):
         for dtype in (torch.float32, (torch.bfloat16, torch.float16)[turn % 2]):
             compare(OPERATORS["scaled_dot_product_attention"], case, dtype)
 

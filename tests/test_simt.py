@@ -13,7 +13,7 @@ from tests.simt.build import KINDS, build
 
 GOOD = (
     "block_sums", "turn_in_warp", "transpose", "pipeline", "ldmatrix", "mma_bf16", "mma_f16", "mma_tf32", "products_bf16",
-    "products_f16", "products_tf32", "products_float", "conversions", "shuffles", "partial_warp", "grid_barrier", "last_block",
+    "products_f16", "products_tf32", "products_float", "warpgroups_bf16", "warpgroups_f16", "conversions", "shuffles", "partial_warp", "grid_barrier", "last_block",
     "atomics",
 )  # fmt: skip
 
@@ -42,6 +42,17 @@ BAD = {
     "mask_differs": "does not name the calling lane|lanes diverge|do not come",
     "ops_differ": "lanes diverge: .*(shuffle|vote)",
     "factor_not_rounded": r"a factor is not rounded to tf32 \(kernels.cpp",
+    "product_without_wgmma_fence": "a product without wgmma_fence",
+    "product_without_fence": r"has written \(product.cuh:\d+\) without fence_for_products before a barrier",
+    "product_before_fence": "without fence_for_products before a barrier",
+    "product_without_wait": "wrong result",
+    "product_without_last_wait": "returns with products under way",
+    "sums_written_under_way": "registers of a product under way have been written",
+    "factors_written_under_way": "registers of a product under way have been written",
+    "matrix_written_under_way": "races with thread",
+    "three_warps_of_four": "warps of a warpgroup have started different products",
+    "matrix_not_at_1024_bytes": "don't begin at a multiple of 1024 bytes",
+    "part_of_warpgroup": "part of a warpgroup multiplies",
     "part_of_mma": "names a lane that has returned|waiting at mma",
     "part_of_block_in_grid_barrier": "32 waiting at grid_barrier",
     "wrong_round": "counter is 0 where round 1",
@@ -87,10 +98,11 @@ def test_rejects(name):
         assert status == 1 and re.search(BAD[name], output), output
 
 
-# The thread sanitizer takes a shuffle for an order.
-@pytest.mark.parametrize(
-    "name", [name for name in BAD if BAD[name] != "wrong result" and "shuffle_for" not in name]
-)
+# The thread sanitizer takes a shuffle for an order, knows no fence for products, and forgets some of many accesses.
+UNSEEN = ("shuffle_for_barrier", "product_without_fence", "product_before_fence", "matrix_written_under_way")
+
+
+@pytest.mark.parametrize("name", [x for x in BAD if BAD[x] != "wrong result" and x not in UNSEEN])
 def test_rejects_with_threads(name):
     status, output = run("thread", name)
     assert status and re.search(f"{BAD[name]}|ThreadSanitizer: data race", output), output

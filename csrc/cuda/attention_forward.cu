@@ -1,7 +1,7 @@
 // Attention's forward on a GPU: division of the work, launches, registration.
 //
 // How work is divided follows from shapes and the device alone: it decides the order of sums.
-#include "attention_forward.cuh"
+#include "attention_forward_warpgroups.cuh"
 
 #include <torch/csrc/stable/library.h>
 
@@ -43,18 +43,31 @@ template <class T, int kD, bool OPTIONS> size_t divide_block(ForwardParams& p, s
   return bytes(p.key_warps, p.stages);
 }
 
+dim3 grid_of(const AttentionCall& c, int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= 0x7fffffff, "fastlm::", c.op, ": ", blocks, " blocks, more than a grid has");
+  return dim3(unsigned(blocks));
+}
+
 template <class T, int kD, bool OPTIONS> void launch(const AttentionCall& c, ForwardParams& p, Device& device) {
-  const auto grid = [&](int64_t blocks) {
-    STD_TORCH_CHECK(blocks <= 0x7fffffff, "fastlm::", c.op, ": ", blocks, " blocks, more than a grid has");
-    return dim3(unsigned(blocks));
-  };
   const int64_t heads = int64_t(p.a.B) * p.a.Hkv;
   const size_t shared = divide_block<T, kD, OPTIONS>(p, device.shared_bytes);
   p.together = heads_together(p.a, p.a.Tk, sizeof(T));
-  device.launch(&attention_forward<T, kD, OPTIONS>, grid(heads * p.splits * p.blocks),
+  device.launch(&attention_forward<T, kD, OPTIONS>, grid_of(c, heads * p.splits * p.blocks),
                 32 * ForwardShape<T, kD, OPTIONS>::kWarps, shared, p);
   if (p.splits > 1)
-    device.launch(&attention_combine<stored_t<T>>, grid(heads * p.rows_most), 32 * kCombineWarps, kCombineBytes, p);
+    device.launch(&attention_combine<stored_t<T>>, grid_of(c, heads * p.rows_most), 32 * kCombineWarps, kCombineBytes, p);
+}
+
+// Whether it is launched: where the device, and the code for it, have the products of warpgroups.
+template <class T, int kD> bool launch_warpgroups(const AttentionCall& c, ForwardParams& p, Device& device) {
+  using Shape = WarpgroupShape<kD>;
+  const auto kernel = &attention_forward_warpgroups<T, kD>;
+  if (!device.runs(kernel, Shape::kThreads)) return false;
+  p.blocks = int(ceil_div(p.rows_most, Shape::kRows));
+  p.together = heads_together(p.a, p.a.Tk, sizeof(T));
+  device.launch(kernel, grid_of(c, int64_t(p.a.B) * p.a.Hkv * p.blocks), Shape::kThreads,
+                Shape::kSharedBytes, p);
+  return true;
 }
 
 // Fills out, of whole rows, and lse.
@@ -77,6 +90,8 @@ void run_forward(AttentionCall& c, const Tensor& q, const Tensor& out, const Ten
   with_instance(c, device, [&](auto t, auto size) {
     using T = decltype(t);
     constexpr int kD = decltype(size)::value;
+    if constexpr (sizeof(T) == 2 && (kD == 64 || kD == 128))
+      if (!options && p.rows_most > kFewRows && launch_warpgroups<T, kD>(c, p, device)) return;
     if constexpr (sizeof(T) == 2)
       if (!options) return launch<T, kD, false>(c, p, device);
     launch<T, kD, true>(c, p, device);

@@ -58,18 +58,37 @@ FASTLM_DEVICE void copy_keys(const AttentionParams& p, const Sequence& s, const 
   }
 }
 
+// Query and head of rows r, r + by, ...: of one key head. Divisions take longer than what is done with a row.
+struct QueryWalk {
+  int i, head, i_by, head_by, group;
+  FASTLM_DEVICE QueryWalk(int r, int by, int group)
+      : i(r / group), head(r % group), i_by(by / group), head_by(by % group), group(group) {}
+  FASTLM_DEVICE void step() {
+    i += i_by;
+    head += head_by;
+    if (head >= group) {
+      head -= group;
+      ++i;
+    }
+  }
+};
+
 // Queries of the rows from `first` on into a tile of `size` rows, zeros behind the last.
-template <int THREADS, class T, int COLUMNS>
-FASTLM_DEVICE void copy_queries(const AttentionParams& p, const Sequence& s, Tile<T, COLUMNS> tile, int b, int hkv,
-                                int first, int size) {
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+template <int THREADS, class T, class Rows>
+FASTLM_DEVICE void copy_queries(const AttentionParams& p, const Sequence& s, Rows tile, int b, int hkv, int first,
+                                int size) {
+  constexpr int kChunks = Rows::kChunks;
   const T* const base = static_cast<const T*>(p.q);
+  static_assert(THREADS % kChunks == 0);
+  constexpr int kAtOnce = THREADS / kChunks;
+  const int mine = int(threadIdx.x) / kChunks, c = int(threadIdx.x) % kChunks;
+  QueryWalk at(first + mine, kAtOnce, p.group);
 #pragma unroll kCopiesUnrolled
-  for (int x = int(threadIdx.x); x < size * kChunks; x += THREADS) {
-    const int r = first + x / kChunks, c = x % kChunks;
-    const bool valid = r < s.Tq * p.group && c * kPerVector<T> < p.D;
-    const T* const row = base + offset_of(p.qs, b, s.q0, hkv * p.group + r % p.group, r / p.group);
-    cp_async(tile.chunk(x / kChunks, c), valid ? row + c * kPerVector<T> : base, valid);
+  for (int row = mine; row < size; row += kAtOnce) {
+    const bool valid = first + row < s.Tq * p.group && c * kPerVector<T> < p.D;
+    const T* const from = base + offset_of(p.qs, b, s.q0, hkv * p.group + at.head, at.i);
+    cp_async(tile.chunk(row, c), valid ? from + c * kPerVector<T> : base, valid);
+    at.step();
   }
 }
 
@@ -106,6 +125,14 @@ template <int M, int N> struct RowSums {
       l[i][0] = l[i][1] = 0;
 #pragma unroll
       for (int n = 0; n < N; ++n) out[i][n][0] = out[i][n][1] = out[i][n][2] = out[i][n][3] = 0;
+    }
+  }
+  // Of all lanes' columns, at the end.
+  FASTLM_DEVICE void add_up() {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      l[i][0] = warp_sum<4>(l[i][0]);
+      l[i][1] = warp_sum<4>(l[i][1]);
     }
   }
 };
@@ -218,19 +245,64 @@ FASTLM_DEVICE void join_warps(RowSums<M, N>& sums, float* scratch, int row_warps
 }
 
 // Stores a warp's rows of the tile, 16 bytes a lane, as those from r of the output.
-template <int ROWS, class T, int COLUMNS>
-FASTLM_DEVICE void store_rows(const AttentionParams& p, const Sequence& s, Tile<T, COLUMNS> tile, int row, int b,
-                              int hkv, int r) {
+template <int ROWS, class T, class Rows>
+FASTLM_DEVICE void store_rows(const AttentionParams& p, const Sequence& s, Rows tile, int row, int b, int hkv, int r) {
   using Vector = Pack<T, kPerVector<T>>;
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks;
+  constexpr int kChunks = Rows::kChunks;
   T* const base = static_cast<T*>(p.out);
-  for (int x = lane_index(); x < ROWS * kChunks; x += 32) {
-    const int at = r + x / kChunks, c = x % kChunks;
-    if (at >= s.Tq * p.group || c * kPerVector<T> >= p.Dv) continue;
-    T* const to = base + offset_of(p.os, b, s.q0, hkv * p.group + at % p.group, at / p.group);
-    store_global(reinterpret_cast<Vector*>(to + c * kPerVector<T>),
-                 load_shared(reinterpret_cast<const Vector*>(tile.chunk(row + x / kChunks, c))));
+  constexpr int kAcross = kChunks < 32 ? kChunks : 32, kAtOnce = 32 / kAcross;
+  const int mine = lane_index() / kAcross;
+  QueryWalk at(r + mine, kAtOnce, p.group);
+#pragma unroll 4
+  for (int n = mine; n < ROWS && r + n < s.Tq * p.group; n += kAtOnce, at.step()) {
+    T* const to = base + offset_of(p.os, b, s.q0, hkv * p.group + at.head, at.i);
+    for (int c = lane_index() % kAcross; c < kChunks && c * kPerVector<T> < p.Dv; c += kAcross)
+      store_global(reinterpret_cast<Vector*>(to + c * kPerVector<T>),
+                   load_shared(reinterpret_cast<const Vector*>(tile.chunk(row + n, c))));
   }
+}
+
+// The results of a warp's rows, those from r of the key head, or of a split of their keys. l is whole; the tile has
+// room for the rows from `row` on. SPLITS: there may be some.
+template <class T, bool SPLITS, int M, int N, class Rows>
+FASTLM_DEVICE void finish_rows(const ForwardParams& p, const Sequence& s, const RowSums<M, N>& sums, Rows tile, int row,
+                               int b, int hkv, int split, int r) {
+  constexpr int kRows = 16 * M;
+  const AttentionParams& a = p.a;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4, rows = s.Tq * a.group;
+  const int64_t partial = ((int64_t(b) * a.Hkv + hkv) * p.splits + split) * p.rows_most + r;
+  const bool whole = !SPLITS || p.splits == 1;
+  float lse = 0;  // of row r + lane
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = 16 * m + 8 * half + g;
+      const float* const sink = a.sinks && whole ? a.sinks + hkv * a.group + (r + at) % a.group : nullptr;
+      const Normaliser norm = normalise(sums.m[m][half], sums.l[m][half], sink);
+      const float scale = norm.scale * a.keep_scale, theirs = __shfl_sync(kAllLanes, norm.lse, lane % 8 * 4);
+      if (lane / 8 == 2 * m + half) lse = theirs;
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const float left = sums.out[m][n][2 * half] * scale, right = sums.out[m][n][2 * half + 1] * scale;
+        const int column = 8 * n + 2 * t;
+        if (whole)
+          store_shared(reinterpret_cast<Pack<T, 2>*>(tile.at(row + at, column)),
+                       Pack<T, 2>{narrow<T>(left), narrow<T>(right)});
+        else if (r + at < rows && column < a.Dv)
+          store_global(reinterpret_cast<float2*>(p.part_out + (partial + at) * a.Dv + column), make_float2(left, right));
+      }
+    }
+  }
+  const int at = r + lane;
+  if (!whole) {
+    if (lane < kRows && at < rows) p.part_lse[partial + lane] = lse;
+    return;
+  }
+  if (lane < kRows && at < rows)
+    a.lse[b * a.lse_b + (hkv * a.group + at % a.group) * a.lse_h + s.q0 + at / a.group] = lse * kLn2;
+  __syncwarp();
+  store_rows<kRows, T>(a, s, tile, row, b, hkv, r);
 }
 
 // ---- kernels -------------------------------------------------------------------------------
@@ -276,7 +348,7 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
       v.data += kPiece * kD;
     }
   };
-  copy_queries<kThreads>(a, s, q, b, hkv, first, block_rows);
+  copy_queries<kThreads, T>(a, s, q, b, hkv, first, block_rows);
 
   Row row[kM][2];  // without options found again where a piece is masked: registers are dearer
   const auto find_rows = [&] {
@@ -324,47 +396,12 @@ template <class T, int kD, bool OPTIONS> FASTLM_DEVICE void forward_rows(const F
   cp_async_wait<0>();  // of Q, where no key is seen
   __syncthreads();
 
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    sums.l[m][0] = warp_sum<4>(sums.l[m][0]);
-    sums.l[m][1] = warp_sum<4>(sums.l[m][1]);
-  }
+  sums.add_up();
   if (p.key_warps > 1)
     join_warps<kJoined<kM, kD>>(sums, reinterpret_cast<float*>(ring), p.row_warps, p.key_warps);
   if (!working || part > 0) return;
 
-  const int64_t partial = ((int64_t(b) * a.Hkv + hkv) * p.splits + split) * p.rows_most + r;
-  float lse = 0;  // of row r + lane
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = 16 * m + 8 * half + g;
-      const float* const sink = a.sinks && p.splits == 1 ? a.sinks + hkv * a.group + (r + at) % a.group : nullptr;
-      const Normaliser norm = normalise(sums.m[m][half], sums.l[m][half], sink);
-      const float scale = norm.scale * a.keep_scale, theirs = __shfl_sync(kAllLanes, norm.lse, lane % 8 * 4);
-      if (lane / 8 == 2 * m + half) lse = theirs;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const float left = sums.out[m][n][2 * half] * scale, right = sums.out[m][n][2 * half + 1] * scale;
-        const int column = 8 * n + 2 * t;
-        if (p.splits == 1)
-          store_shared(reinterpret_cast<Pack<T, 2>*>(q.at(warp_row + at, column)),
-                       Pack<T, 2>{narrow<T>(left), narrow<T>(right)});
-        else if (r + at < rows && column < a.Dv)
-          store_global(reinterpret_cast<float2*>(p.part_out + (partial + at) * a.Dv + column), make_float2(left, right));
-      }
-    }
-  }
-  const int at = r + lane;
-  if (p.splits > 1) {
-    if (lane < kRows && at < rows) p.part_lse[partial + lane] = lse;
-    return;
-  }
-  if (lane < kRows && at < rows)
-    a.lse[b * a.lse_b + (hkv * a.group + at % a.group) * a.lse_h + s.q0 + at / a.group] = lse * kLn2;
-  __syncwarp();
-  store_rows<kRows>(a, s, q, warp_row, b, hkv, r);
+  finish_rows<T, true>(p, s, sums, q, warp_row, b, hkv, split, r);
 }
 
 template <class T, int kD, bool OPTIONS>

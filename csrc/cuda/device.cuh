@@ -180,6 +180,82 @@ FASTLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---- products of warpgroups ----------------------------------------------------------------
+// A warpgroup is four warps, the first of a number that 4 divides. Of the 64 rows of its matrices each warp has 16, as
+// in mma, in registers that nobody reads or writes from a product's start to the wait for it. Compiled for sm_90a:
+// kernels of these have no body elsewhere.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kWarpgroupProducts = true;
+#else
+inline constexpr bool kWarpgroupProducts = false;
+#endif
+
+// The compiler keeps what comes before and behind this apart, as far as these registers go.
+template <int N> FASTLM_DEVICE void settle(float (&c)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3]) :: "memory");
+}
+template <int N> FASTLM_DEVICE void settle(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3]) :: "memory");
+}
+
+// Stands between writes to registers of products, which are given, and the first of these products.
+template <class... Registers> FASTLM_DEVICE void wgmma_fence(Registers&... registers) {
+  (settle(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// Closes a group of products.
+FASTLM_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most PENDING groups are under way. The registers given are of those that are not.
+template <int PENDING, class... Registers> FASTLM_DEVICE void wgmma_wait(Registers&... registers) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+  (settle(registers), ...);
+}
+// Behind it and a barrier, products read what this thread has written to shared memory, or copied and waited for.
+FASTLM_DEVICE void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#define FASTLM_4(c) "+f"((c)[0]), "+f"((c)[1]), "+f"((c)[2]), "+f"((c)[3])
+#define FASTLM_32(c) FASTLM_4((c)[0]), FASTLM_4((c)[1]), FASTLM_4((c)[2]), FASTLM_4((c)[3]), \
+  FASTLM_4((c)[4]), FASTLM_4((c)[5]), FASTLM_4((c)[6]), FASTLM_4((c)[7])
+#define FASTLM_0_TO_31 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTLM_32_TO_63 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTLM_WGMMA(type, columns, numbers, words, matrix, add_c, turned, ...)                                   \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " add_c ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns        \
+               "k16.f32." type "." type " {" numbers "}, {" words "}, " matrix ", add, 1, 1, " turned ";\n}"           \
+               : __VA_ARGS__                                                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(TRANSPOSED))           \
+               : "memory")
+
+// Starts c += a b, or c = a b unless `add`: a 64 x 16, b 16 x 8 N as a descriptor has it. TRANSPOSED: what lies
+// together in shared memory are rows of b, else columns.
+template <bool TRANSPOSED>
+FASTLM_DEVICE void wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add, bf16) {
+  FASTLM_WGMMA("bf16", "64", FASTLM_0_TO_31, "%32, %33, %34, %35", "%36", "%37", "%38", FASTLM_32(c));
+}
+template <bool TRANSPOSED>
+FASTLM_DEVICE void wgmma(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add, f16) {
+  FASTLM_WGMMA("f16", "64", FASTLM_0_TO_31, "%32, %33, %34, %35", "%36", "%37", "%38", FASTLM_32(c));
+}
+template <bool TRANSPOSED>
+FASTLM_DEVICE void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add, bf16) {
+  FASTLM_WGMMA("bf16", "128", FASTLM_0_TO_31 ", " FASTLM_32_TO_63, "%64, %65, %66, %67", "%68", "%69", "%70",
+               FASTLM_32(c), FASTLM_32(c + 8));
+}
+template <bool TRANSPOSED>
+FASTLM_DEVICE void wgmma(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add, f16) {
+  FASTLM_WGMMA("f16", "128", FASTLM_0_TO_31 ", " FASTLM_32_TO_63, "%64, %65, %66, %67", "%68", "%69", "%70",
+               FASTLM_32(c), FASTLM_32(c + 8));
+}
+#undef FASTLM_WGMMA
+#undef FASTLM_32_TO_63
+#undef FASTLM_0_TO_31
+#undef FASTLM_32
+#undef FASTLM_4
+
 // ---- memory --------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, or zeros where not `valid`; they are there for this thread
@@ -219,9 +295,9 @@ template <class V> FASTLM_DEVICE void store_global(V* p, V value) { *p = value; 
 template <class V> FASTLM_DEVICE V load_shared(const V* p) { return *p; }
 template <class V> FASTLM_DEVICE void store_shared(V* p, V value) { *p = value; }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned to 1024 bytes, after which what wgmma reads is laid out.
 FASTLM_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char fastlm_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char fastlm_shared_memory[];
   return fastlm_shared_memory;
 }
 
@@ -290,6 +366,15 @@ template <class T> using stored_t = typename StoredAs<T>::type;
 template <class T> struct ComputeOf { using type = float; };
 template <> struct ComputeOf<double> { using type = double; };
 template <class T> using compute_t = typename ComputeOf<T>::type;
+
+// Descriptor of a matrix that wgmma reads: rows of 64 16-bit elements behind each other, their chunks of 16 bytes
+// exchanged as Tile<T, 64> does from 1024 bytes to the next; what it has beyond the 64th column lies `panel` bytes
+// further on. A part of it is that many bytes further: of rows, 8 or more; of columns, within a panel.
+FASTLM_DEVICE uint64_t matrix_descriptor(const void* p, uint32_t panel) {
+  constexpr uint64_t kEightRows = 1024, k128ByteSwizzle = 1;
+  return shared_address(p) / 16 | uint64_t(panel / 16) << 16 | kEightRows / 16 << 32 | k128ByteSwizzle << 62;
+}
+FASTLM_DEVICE uint64_t part_of_matrix(uint64_t descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
 
 // N elements that are loaded and stored as one; N sizeof(T) is at most 16.
 template <class T, int N> struct alignas(N * sizeof(T)) Pack {

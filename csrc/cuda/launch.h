@@ -106,6 +106,18 @@ class Device {
   void launch_together(void (*kernel)(P), dim3 grid, int threads, size_t shared, const P& params) {
     run(kernel, grid, threads, shared, params, true);
   }
+  // Whether the code of the kernel that is loaded here is for blocks of so many threads. Asked once, for it never
+  // changes.
+  template <class P> bool runs(void (*kernel)(P), int threads) {
+    static thread_local std::map<std::pair<int, void (*)(P)>, int> known;
+    const auto [most, asked] = known.try_emplace({index_, kernel});
+    if (asked) {
+      cudaFuncAttributes attributes{};
+      check_cuda(cudaFuncGetAttributes(&attributes, kernel), op_);
+      most->second = attributes.maxThreadsPerBlock;
+    }
+    return most->second >= threads;
+  }
   // Blocks of a kernel that the device holds at the same time. Asked once, for it never changes.
   template <class P> int blocks_at_once(void (*kernel)(P), int threads, size_t shared) {
     static thread_local std::map<std::tuple<int, void (*)(P), int, size_t>, int> known;
@@ -176,6 +188,7 @@ class Device {
     STD_TORCH_CHECK(int(grid.x) <= blocks_at_once(kernel, threads, shared), "more blocks than run at the same time");
     run(kernel, grid, threads, shared, params, true);
   }
+  template <class P> bool runs(void (*)(P), int) { return simt::gpu.warpgroups; }
   template <class P> int blocks_at_once(void (*)(P), int threads, size_t shared) {
     if (shared > shared_bytes) return 0;
     if (!simt::gpu.listing) return multiprocessors;

@@ -42,9 +42,9 @@ template <class T, int COLUMNS> struct Tile {
 
 // Starts copies of ROWS rows from global memory, row_stride elements apart, by all THREADS of the block;
 // zeros from row `rows` and from column `columns` (a multiple of a chunk) on. Rows start at 16 bytes.
-template <int ROWS, int THREADS, class T, int COLUMNS>
-FASTLM_DEVICE void copy_tile(Tile<T, COLUMNS> tile, const T* from, int64_t row_stride, int rows, int columns) {
-  constexpr int kChunks = Tile<T, COLUMNS>::kChunks, kAcross = kChunks < THREADS ? kChunks : THREADS;
+template <int ROWS, int THREADS, class Rows, class T>
+FASTLM_DEVICE void copy_tile(Rows tile, const T* from, int64_t row_stride, int rows, int columns) {
+  constexpr int kChunks = Rows::kChunks, kAcross = kChunks < THREADS ? kChunks : THREADS;
   constexpr int kAtOnce = THREADS / kAcross;
   static_assert(THREADS % kAcross == 0 && kChunks % kAcross == 0);
 #pragma unroll
@@ -214,6 +214,43 @@ template <class T, int B, int K, int N>
 FASTLM_DEVICE void multiply_registers(float (&c)[N][4], const float (&p)[K][4], Tile<T, B> b, int row, int column) {
   multiply_registers(reinterpret_cast<float (&)[1][N][4]>(c), reinterpret_cast<const float (&)[1][K][4]>(p), b, row,
                      column);
+}
+
+// ---- of warpgroups -------------------------------------------------------------------------
+
+// ROWS rows of COLUMNS 16-bit elements as wgmma reads them: side by side in panels of 64 columns. From 1024 bytes on.
+template <class T, int COLUMNS, int ROWS> struct Panels {
+  using Panel = Tile<T, 64>;
+  static constexpr int kRows = ROWS, kChunks = COLUMNS / 8;
+  static constexpr size_t kPanelBytes = Panel::bytes(ROWS), kBytes = COLUMNS / 64 * kPanelBytes;
+  static_assert(sizeof(T) == 2 && COLUMNS % 64 == 0 && ROWS % 8 == 0);
+
+  T* data;
+
+  FASTLM_DEVICE T* chunk(int row, int c) const {
+    return Panel{data + c / Panel::kChunks * ROWS * 64}.chunk(row, c % Panel::kChunks);
+  }
+  FASTLM_DEVICE T* at(int row, int column) const { return chunk(row, column / 8) + column % 8; }
+  // From `row` on, a multiple of 8.
+  FASTLM_DEVICE uint64_t descriptor(int row) const { return matrix_descriptor(data + row * 64, kPanelBytes); }
+};
+
+// Starts C = A B^T: of a, the warpgroup's 64 rows in registers, all columns; 8 N rows of b from `row` on.
+template <class T, int K, int ROWS, int N>
+FASTLM_DEVICE void start_rows(float (&c)[N][4], const uint32_t (&a)[K / 16][4], Panels<T, K, ROWS> b, int row) {
+  const uint64_t from = b.descriptor(row);
+#pragma unroll
+  for (int k = 0; k < K / 16; ++k)
+    wgmma<false>(c, a[k], part_of_matrix(from, k / 4 * b.kPanelBytes + k % 4 * 32), k > 0, T{});
+}
+
+// Starts C += P B: of P, the warpgroup's 64 rows in registers, K columns for the rows of b from `row` on.
+template <class T, int COLUMNS, int ROWS, int K>
+FASTLM_DEVICE void start_columns(float (&c)[COLUMNS / 8][4], const uint32_t (&p)[K][4], Panels<T, COLUMNS, ROWS> b,
+                                 int row) {
+  const uint64_t from = b.descriptor(row);
+#pragma unroll
+  for (int k = 0; k < K; ++k) wgmma<true>(c, p[k], part_of_matrix(from, k * 16 * 128), true, T{});
 }
 
 }  // namespace fastlm::cuda

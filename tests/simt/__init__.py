@@ -33,7 +33,8 @@ def _library() -> ctypes.CDLL:
     loaded.simt_counts.restype = ctypes.c_char_p
     loaded.simt_seed.argtypes = (ctypes.c_uint64,)
     loaded.simt_count.argtypes = (ctypes.c_bool,)
-    loaded.simt_gpu.argtypes = loaded.simt_list.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_bool)
+    gpu = (ctypes.c_int, ctypes.c_size_t, ctypes.c_bool, ctypes.c_bool)
+    loaded.simt_gpu.argtypes = loaded.simt_list.argtypes = gpu
     loaded.simt_listed.restype = loaded.simt_ran.restype = ctypes.c_char_p
     ops.add_operators("cuda-host")
     return loaded
@@ -73,14 +74,16 @@ def counting() -> Iterator[list[Count]]:
 
 
 @contextlib.contextmanager
-def gpu(multiprocessors: int = 4, shared_bytes: int = 99 << 10, tf32: bool = False) -> Iterator[None]:
+def gpu(
+    multiprocessors: int = 4, shared_bytes: int = 99 << 10, tf32: bool = False, warpgroups: bool = False
+) -> Iterator[None]:
     """Kernels are launched as on a GPU of so many multiprocessors, of whose shared memory a block may use so
-    much; tf32: that multiplies float32 so."""
-    _library().simt_gpu(multiprocessors, shared_bytes, tf32)
+    much; tf32: that multiplies float32 so; warpgroups: that has their products, as sm_90."""
+    _library().simt_gpu(multiprocessors, shared_bytes, tf32, warpgroups)
     try:
         yield
     finally:
-        _library().simt_gpu(0, 0, False)
+        _library().simt_gpu(0, 0, False, False)
 
 
 class Launch(NamedTuple):
@@ -92,10 +95,12 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def listing(multiprocessors: int, shared_bytes: int, tf32: bool = False) -> Iterator[set[Launch]]:
+def listing(
+    multiprocessors: int, shared_bytes: int, tf32: bool = False, warpgroups: bool = False
+) -> Iterator[set[Launch]]:
     """Gives a set that holds, after the block, the launches in it: on a GPU as of `gpu`. No kernel runs, so results are what memory held."""
     launches: set[Launch] = set()
-    _library().simt_list(multiprocessors, shared_bytes, tf32)
+    _library().simt_list(multiprocessors, shared_bytes, tf32, warpgroups)
     try:
         yield launches
     finally:

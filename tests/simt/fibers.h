@@ -196,7 +196,7 @@ void make_ready(Block& block) {
 
 void prepare(Block& block, uint64_t index) {
   begin(block, index);
-  block.barriers = ++barriers;
+  block.first = block.barriers = ++barriers;
   block.words.resize((current->shared + 3) / 4);
   self = nullptr;
   make_ready(block);

@@ -265,6 +265,63 @@ template <class T> void check_products(double bound) {
     }
 }
 
+enum class Slip {
+  none, no_wgmma_fence, no_fence_for_products, late_fence_for_products, no_wait, no_last_wait, sums_written,
+  factors_written, matrix_written, three_warps, shifted,
+};
+
+// (A B^T) B for A 64 x 128 and B 64 x 128, by a warpgroup.
+template <class T, Slip SLIP> __global__ void two_warpgroup_products(Product<T> p) {
+  using Matrix = Panels<T, 128, 64>;
+  const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+  const Matrix a{reinterpret_cast<T*>(shared_memory())}, b{a.data + 64 * 128 + (SLIP == Slip::shifted ? 64 : 0)};
+  copy_tile<64, 128>(a, p.a, 128, 64, 128);
+  copy_tile<64, 128>(b, p.b, 128, 63, 128);  // its last row is zero
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (SLIP != Slip::no_fence_for_products && SLIP != Slip::late_fence_for_products) fence_for_products();
+  __syncthreads();
+  if (SLIP == Slip::late_fence_for_products) fence_for_products();
+  uint32_t x[8][4], words[4][4];
+  for (int k = 0; k < 8; ++k) ldmatrix(x[k], a.chunk(16 * warp + lane % 16, 2 * k + lane / 16));
+  float s[8][4], c[16][4] = {};
+  if (SLIP != Slip::no_wgmma_fence) wgmma_fence(s, x);
+  if (SLIP != Slip::three_warps || warp < 3) {
+    start_rows(s, x, b, 0);
+    wgmma_commit();
+  }
+  if (SLIP == Slip::sums_written) s[0][0] = 0;
+  if (SLIP == Slip::factors_written) x[0][0] = 0;
+  if (SLIP == Slip::matrix_written) {
+    __syncthreads();
+    if (threadIdx.x == 0) store_shared(reinterpret_cast<uint32_t*>(b.data), 0u);
+  }
+  if (SLIP != Slip::no_wait) wgmma_wait<0>(s, x);
+  for (int n = 0; n < 8; ++n)
+    for (int half = 0; half < 2; ++half) words[n / 2][n % 2 * 2 + half] = pack(s[n][2 * half], s[n][2 * half + 1], T{});
+  wgmma_fence(c, words);
+  start_columns(c, words, b, 0);
+  wgmma_commit();
+  if (SLIP != Slip::no_last_wait) wgmma_wait<0>(c, words);
+  for (int n = 0; n < 16; ++n)
+    for (int i = 0; i < 4; ++i) p.c[(16 * warp + g + i / 2 * 8) * 128 + 8 * n + 2 * t + i % 2] = c[n][i];
+}
+
+template <class T, Slip SLIP> void check_warpgroups(unsigned threads = 128) {
+  const std::vector<T> x = rounded<T>(random_values(2 * 64 * 128));
+  std::vector<float> c(64 * 128);
+  run(two_warpgroup_products<T, SLIP>, 1, threads, 33 * 1024, Product<T>{x.data(), x.data() + 64 * 128, c.data()});
+  for (size_t i = 0; i < 64; ++i) {
+    double sums[128] = {};
+    for (size_t n = 0; n < 63; ++n) {
+      double s = 0;
+      for (size_t k = 0; k < 128; ++k) s += double(widen(x[i * 128 + k])) * widen(x[(64 + n) * 128 + k]);
+      for (size_t j = 0; j < 128; ++j) sums[j] += s * widen(x[(64 + n) * 128 + j]);
+    }
+    for (size_t j = 0; j < 128; ++j) expect(fabs(c[i * 128 + j] - sums[j]) < 2);  // of 90
+  }
+}
+
 void check_conversions() {
   for (uint32_t i = 0; i < 65536; ++i) {
     const f16 x{uint16_t(i)}, next{uint16_t(i + 1)};
@@ -594,6 +651,8 @@ const std::map<std::string, void (*)()> kTests = {
     {"products_f16", [] { check_products<f16>(0.5); }},
     {"products_tf32", [] { check_products<tf32>(0.1); }},
     {"products_float", [] { check_products<float>(1e-3); }},
+    {"warpgroups_bf16", [] { check_warpgroups<bf16, Slip::none>(); }},
+    {"warpgroups_f16", [] { check_warpgroups<f16, Slip::none>(); }},
     {"conversions", check_conversions},
     {"shuffles", check_shuffles},
     {"partial_warp", check_partial_warp},
@@ -620,6 +679,17 @@ const std::map<std::string, void (*)()> kTests = {
     {"barrier_of_blocks_apart", run_barrier_of_apart},
     {"large_block", run_large_block},
     {"large_shared", run_large_shared},
+    {"product_without_wgmma_fence", [] { check_warpgroups<bf16, Slip::no_wgmma_fence>(); }},
+    {"product_without_fence", [] { check_warpgroups<bf16, Slip::no_fence_for_products>(); }},
+    {"product_before_fence", [] { check_warpgroups<bf16, Slip::late_fence_for_products>(); }},
+    {"product_without_wait", [] { check_warpgroups<bf16, Slip::no_wait>(); }},
+    {"product_without_last_wait", [] { check_warpgroups<bf16, Slip::no_last_wait>(); }},
+    {"sums_written_under_way", [] { check_warpgroups<bf16, Slip::sums_written>(); }},
+    {"factors_written_under_way", [] { check_warpgroups<bf16, Slip::factors_written>(); }},
+    {"matrix_written_under_way", [] { check_warpgroups<bf16, Slip::matrix_written>(); }},
+    {"three_warps_of_four", [] { check_warpgroups<bf16, Slip::three_warps>(); }},
+    {"matrix_not_at_1024_bytes", [] { check_warpgroups<bf16, Slip::shifted>(); }},
+    {"part_of_warpgroup", [] { check_warpgroups<bf16, Slip::none>(96); }},
     BAD(barrier_and_return), BAD(barrier_in_branches), BAD(barrier_and_shuffle), BAD(shuffle_from_other_half),
     BAD(mask_without_caller), BAD(mask_with_returned), BAD(mask_differs), BAD(ops_differ), BAD(part_of_mma),
     BAD(factor_not_rounded),

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "names.h"
+#include "products.h"
 #include "races.h"
 
 #ifdef SIMT_THREADS
@@ -45,7 +46,9 @@ struct Error : std::runtime_error {
 };
 
 // What meetings are for; name_of() has them in words.
-enum class Op : uint8_t { none, syncthreads, grid, syncwarp, shuffle, vote, load_matrix, mma };
+enum class Op : uint8_t {
+  none, syncthreads, grid, syncwarp, shuffle, vote, load_matrix, mma, wgmma, wgmma_fence, wgmma_commit, wgmma_wait
+};
 const char* name_of(Op op);
 
 struct Call {
@@ -105,6 +108,10 @@ struct Warp {
   uint32_t barriers = 0;            // that its lanes have met at
 #endif
   std::vector<Access> accesses;
+  std::vector<Product> products;  // of its warpgroup that are under way
+  uint32_t product_groups = 0;    // closed so far
+  uint64_t started = 0;           // what tells the products so far from others
+  bool fenced = false;            // since the last wait for products
 };
 
 // A copy from global to shared memory that is under way, in a group of its lane's.
@@ -118,6 +125,7 @@ struct Lane {
   uint32_t groups = 0;           // closed so far
   void* atomic = nullptr;        // last accessed so
   bool fenced = false;           // a __threadfence stands before what comes
+  std::vector<uint32_t> fences;  // for products: the block's barriers before each
   void* stack_pointer = nullptr;
   char* stack = nullptr;
 };
@@ -131,6 +139,7 @@ struct Block {
 #ifndef SIMT_THREADS
   uint32_t ready = 0;        // warps with lanes that can run
   uint32_t barriers = 0;     // of all blocks so far, at the block's last
+  uint32_t first = 0;        // the same at its start
   std::vector<Word> words;   // of `shared`
 #endif
 };
@@ -165,12 +174,14 @@ struct Gpu {
   int multiprocessors = 4;
   size_t shared_bytes = 99 * 1024;  // that a block may use
   bool tf32 = false;  // float32 is multiplied so
+  bool warpgroups = false;  // whose products it has
   bool listing = false;
 };
 SIMT_HIDDEN inline Gpu gpu;
 
 [[noreturn]] void fail(const std::string& what, Site at = {});
 [[noreturn]] void fail_race(const Stamp& other, size_t word, Site at);
+[[noreturn]] void fail_fence(const Stamp& write, size_t word, Site at);
 
 // The calling lane waits until it is released from the meeting; the last to arrive releases the others.
 #ifdef SIMT_THREADS
@@ -194,6 +205,16 @@ inline Meeting& meeting_of(Warp& warp, uint32_t mask, Site at) {
   fail("lanes of a warp meet under more than 63 masks", at);
 }
 
+#ifdef SIMT_THREADS
+// While one lives, lanes that stop since another has failed keep what they brought to a meeting.
+struct Performing {
+  Performing();
+  ~Performing();
+};
+#else
+struct Performing { ~Performing() {} };
+#endif
+
 // A meeting of the lanes of the mask. perform(calls) is called once, by the last to arrive.
 template <class Perform> void meet(const Call& mine, const Perform& perform) {
   Warp& warp = *self->warp;
@@ -209,8 +230,11 @@ template <class Perform> void meet(const Call& mine, const Perform& perform) {
 #else
   if (meeting.arrive(bit) != mask) return wait();
 #endif
-  check_lanes(warp, mask, mine);
-  perform(warp.calls);
+  {
+    const Performing performing;
+    check_lanes(warp, mask, mine);
+    perform(warp.calls);
+  }
   if (counting && mask == ~0u) flush_counts(warp);
   release_lanes(warp, meeting, mask);
 }
@@ -238,6 +262,7 @@ void count_matrix(const void* const (&rows)[32], Site at);
 
 #ifdef SIMT_THREADS
 inline void check_race(const void*, size_t, bool, Site) {}
+inline void check_fenced(const void*, size_t, Site) {}
 inline void pass_warp_barrier() {}
 #else
 inline void pass_warp_barrier() { ++self->warp->barriers; }
@@ -245,10 +270,23 @@ inline void pass_warp_barrier() { ++self->warp->barriers; }
 // Of an access by the lane that runs.
 inline void check_race(const void* p, size_t bytes, bool writes, Site at) {
   Block& block = *self->warp->block;
-  const Stamp now{block.barriers, self->warp->barriers, uint32_t(self - block.lanes.data()), at};
+  const uint32_t fences = uint32_t(self->fences.size());
+  const Stamp now{block.barriers, self->warp->barriers, uint32_t(self - block.lanes.data()), fences, at};
   const size_t first = size_t(static_cast<const unsigned char*>(p) - block.shared);
   for (size_t i = first / 4; i < (first + bytes + 3) / 4; ++i)
     if (const Stamp* const other = block.words[i].access(now, writes)) fail_race(*other, i, at);
+}
+
+// Of what a product reads: that between the last write and a barrier its thread has called fence_for_products.
+inline void check_fenced(const void* p, size_t bytes, Site at) {
+  Block& block = *self->warp->block;
+  const size_t first = size_t(static_cast<const unsigned char*>(p) - block.shared);
+  for (size_t i = first / 4; i < (first + bytes + 3) / 4; ++i) {
+    const Stamp& write = block.words[i].write;
+    if (write.block < block.first) continue;  // of a block before
+    const std::vector<uint32_t>& fences = block.lanes[write.thread].fences;
+    if (fences.size() <= write.fences || fences[write.fences] == block.barriers) fail_fence(write, i, at);
+  }
 }
 #endif
 
@@ -265,6 +303,10 @@ inline void check_global(const void* p, size_t bytes, Site at) {
   if (uintptr_t(p) % bytes) fail("misaligned access of global memory", at);
   if (inside_shared(p, 1)) fail("access of shared memory as global memory", at);
 }
+
+void start_product(Product&& x);
+void commit_products(Site at);
+void wait_for_products(uint32_t pending);  // at most so many groups stay under way
 
 void start_copy(void* to, const void* from, bool valid, Site at);
 void wait_for_copies(uint32_t pending);

@@ -1,5 +1,6 @@
 // The primitives of device.cuh for a C++ compiler. Fragments are laid out as the PTX ISA has them for
-// ldmatrix, mma.m16n8k16 and, of tf32, mma.m16n8k8; cp.async copies at the wait, and leaves NaNs until then.
+// ldmatrix, mma.m16n8k16, wgmma and, of tf32, mma.m16n8k8; cp.async copies, and wgmma multiplies, at the wait, and
+// both leave NaNs until then.
 #pragma once
 #include "model.h"
 
@@ -136,6 +137,73 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
       for (int j = 0; j < 4; ++j) x.c[j] = c[lane / 4 + j / 2 * 8][2 * (lane % 4) + j % 2];
     }
   });
+}
+
+// ---- products of warpgroups ----------------------------------------------------------------
+
+inline constexpr bool kWarpgroupProducts = true;
+
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - simt::self->warp->block->shared);
+}
+
+template <bool TRANSPOSED, int N, class T>
+inline void wgmma(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool add, T, SIMT_HERE) {
+  static_assert(N == 8 || N == 16);
+  struct Operand { float* c; const uint32_t* a; uint64_t b; bool add; } own{c[0], a, b, add};
+  simt::meet({simt::Op::wgmma, ~0u, &own, at}, [&](const simt::Call* calls) {
+    simt::Product x{{}, {}, {}, b, TRANSPOSED, add, N, 0, at, nullptr, {}};
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operand& from = *static_cast<const Operand*>(calls[lane].operand);
+      if (from.b != b || from.add != add) simt::fail("lanes multiply with different matrices", at);
+      x.c[lane] = from.c;
+      x.a[lane] = from.a;
+      __builtin_memcpy(x.words[lane], from.a, sizeof(x.words[lane]));
+    }
+    x.make = [](const simt::Product& x, const unsigned char* shared, float (&sums)[16][128]) {
+      using Eight = float __attribute__((vector_size(32)));
+      const auto value = [](uint32_t bits) { return widen(T{uint16_t(bits)}); };
+      alignas(32) float a[16][16], b[16][8 * N];
+      for (uint32_t lane = 0; lane < 32; ++lane)
+        for (uint32_t i = 0; i < 8; ++i)
+          a[lane / 4 + i / 2 % 2 * 8][2 * (lane % 4) + i / 4 * 8 + i % 2] = value(x.words[lane][i / 2] >> 16 * (i % 2));
+      for (uint32_t k = 0; k < 16; ++k)
+        for (uint32_t n = 0; n < 8 * N; ++n) b[k][n] = value(x.element(shared, k, n));
+      for (int row = 0; row < 16; ++row) {
+        Eight sum[N];
+        __builtin_memcpy(sum, sums[row], sizeof(sum));
+        for (int k = 0; k < 16; ++k)
+          for (int n = 0; n < N; ++n) sum[n] += a[row][k] * reinterpret_cast<const Eight*>(b[k])[n];
+        __builtin_memcpy(sums[row], sum, sizeof(sum));
+      }
+    };
+    simt::start_product(std::move(x));
+  });
+}
+
+template <class... Registers> inline void wgmma_fence(Registers&...) {
+  simt::meet({simt::Op::wgmma_fence, ~0u, nullptr, simt::Site::current()},
+             [](const simt::Call*) { simt::self->warp->fenced = true; });
+}
+inline void wgmma_commit(SIMT_HERE) {
+  simt::meet({simt::Op::wgmma_commit, ~0u, nullptr, at}, [at](const simt::Call*) { simt::commit_products(at); });
+}
+template <int PENDING, class... Registers> inline void wgmma_wait(Registers&... registers) {
+  simt::meet({simt::Op::wgmma_wait, ~0u, nullptr, simt::Site::current()},
+             [](const simt::Call*) { simt::wait_for_products(PENDING); });
+  const auto check = [](const void* begin, size_t bytes) {
+    const auto* const from = static_cast<const unsigned char*>(begin);
+    for (const simt::Product& x : simt::self->warp->products)
+      for (const void* p : {static_cast<const void*>(x.c[std::countr_zero(simt::self->bit)]), static_cast<const void*>(x.a[std::countr_zero(simt::self->bit)])})
+        if (p >= from && p < from + bytes) simt::fail("waits for registers of a product that may stay under way", x.at);
+  };
+  (check(&registers, sizeof(registers)), ...);
+}
+
+inline void fence_for_products() {
+#ifndef SIMT_THREADS
+  simt::self->fences.push_back(simt::self->warp->block->barriers);
+#endif
 }
 
 // ---- memory --------------------------------------------------------------------------------

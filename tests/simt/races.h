@@ -12,6 +12,7 @@ namespace simt {
 struct Stamp {
   uint32_t block = 0, warp = 0;  // barriers that had been: of all blocks of the program, of the warp
   uint32_t thread = 0;
+  uint32_t fences = 0;  // that the thread had called for products
   std::source_location at{};
 
   bool unordered(const Stamp& now) const {

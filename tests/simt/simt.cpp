@@ -130,6 +130,7 @@ void begin(Block& block, uint64_t index) {
     lane.groups = 0;
     lane.atomic = nullptr;
     lane.fenced = false;
+    lane.fences.clear();
   }
 #ifdef __SANITIZE_ADDRESS__
   constexpr size_t kBehind = 0;  // the sanitizer's own guard stands there
@@ -138,14 +139,23 @@ void begin(Block& block, uint64_t index) {
 #endif
   if (!block.shared) {
     void* p = nullptr;
-    if (posix_memalign(&p, 128, current->shared + kBehind)) throw std::bad_alloc();
+    if (posix_memalign(&p, 1024, current->shared + kBehind)) throw std::bad_alloc();
     block.shared = static_cast<unsigned char*>(p);
   }
   std::memset(block.shared, kPoison, current->shared + kBehind);
 }
 
+// The four warps of a warpgroup start the same products.
+constexpr const char* kWarpsDiffer = "warps of a warpgroup have started different products";
+bool warps_differ(const Block& block) {
+  return std::any_of(block.warps.begin(), block.warps.end(), [&](const Warp& warp) {
+    return warp.started != block.warps[warp.index / 4 * 4].started;
+  });
+}
+
 // When all threads of the block have returned.
 void end(Block& block) {
+  if (warps_differ(block)) throw Error("simt: " + current->name + ": block " + words(block.index) + ": " + kWarpsDiffer);
   if (counting)
     for (Warp& warp : block.warps) flush_counts(warp);
 #ifndef __SANITIZE_ADDRESS__
@@ -159,13 +169,15 @@ void end(Block& block) {
 void run_lane() {
   current->kernel(current->context);
   if (!self->copies.empty()) fail("returns with copies under way that it never waited for");
+  if (!self->warp->products.empty()) fail("returns with products under way that it never waited for");
 }
 
 }  // namespace
 
 const char* name_of(Op op) {
   constexpr const char* kNames[] = {"nothing", "__syncthreads", "grid_barrier", "__syncwarp",
-                                    "a shuffle", "a vote", "ldmatrix", "mma"};
+                                    "a shuffle", "a vote", "ldmatrix", "mma",
+                                    "wgmma", "wgmma_fence", "wgmma_commit", "wgmma_wait"};
   return kNames[int(op)];
 }
 
@@ -177,6 +189,12 @@ void fail(const std::string& what, Site at) {
 void fail_race(const Stamp& other, size_t word, Site at) {
   fail("races with thread " + words(self->warp->block->lanes[other.thread].index) + " (" + words(other.at) +
            ") for word " + std::to_string(word) + " of shared memory", at);
+}
+
+void fail_fence(const Stamp& write, size_t word, Site at) {
+  fail("a product reads word " + std::to_string(word) + " of shared memory, which thread " +
+           words(self->warp->block->lanes[write.thread].index) + " has written (" + words(write.at) +
+           ") without fence_for_products before a barrier", at);
 }
 
 void check_lanes(const Warp& warp, uint32_t mask, const Call& mine) {
@@ -199,6 +217,7 @@ void check_block(const Block& block, const Call& mine) {
                words(other),
            mine.at);
   }
+  if (warps_differ(block)) fail(kWarpsDiffer, mine.at);
 }
 
 // Whether this thread is the block's last at a meeting; the others return when it has released them.
@@ -300,6 +319,70 @@ void wait_for_copies(uint32_t pending) {
   copies.erase(copies.begin(), copies.begin() + ptrdiff_t(done));
 }
 
+// ---- products of warpgroups ----------------------------------------------------------------
+
+void start_product(Product&& x) {
+  Warp& warp = *self->warp;
+  Block& block = *warp.block;
+  if (warp.index / 4 * 4 + 4 > block.warps.size()) fail("part of a warpgroup multiplies", x.at);
+  if (!warp.fenced) fail("a product without wgmma_fence since the last wait", x.at);
+  if (x.b >> 62 != 1 || x.b >> 46 & 0xffff || x.b >> 30 & 3 || x.b >> 14 & 3)
+    fail("a descriptor of another kind than rows of 128 bytes that are swizzled", x.at);
+  if (x.b & 0x38) fail("rows that don't begin at a multiple of 1024 bytes", x.at);
+  x.each_chunk([&](uint32_t offset) {
+    check_shared(block.shared + offset, 16, x.at);
+    check_race(block.shared + offset, 16, false, x.at);
+    check_fenced(block.shared + offset, 16, x.at);
+  });
+  const auto chains = [&](const Product& other) { return other.c[0] == x.c[0]; };
+  const size_t size = 4 * size_t(x.tiles);
+  if (!x.add) x.before.assign(32 * size, 0);
+  else if (std::none_of(warp.products.begin(), warp.products.end(), chains))
+    for (float* c : x.c) x.before.insert(x.before.end(), c, c + size);
+  for (float* c : x.c) std::fill(c, c + size, std::bit_cast<float>(kUnderWay));
+  for (uint64_t fact : {x.b, uint64_t(x.transposed), uint64_t(x.add), uint64_t(x.tiles), uint64_t(x.at.line())})
+    warp.started = (warp.started ^ fact) * 0x9E3779B97F4A7C15u + 1;
+  x.group = warp.product_groups;
+  warp.products.push_back(std::move(x));
+}
+
+void commit_products(Site at) {
+  Warp& warp = *self->warp;
+  if (warp.products.empty() || warp.products.back().group != warp.product_groups) fail("a group without products", at);
+  ++warp.product_groups;
+}
+
+void wait_for_products(uint32_t pending) {
+  Warp& warp = *self->warp;
+  warp.fenced = false;
+  std::vector<Product>& all = warp.products;
+  size_t done = 0;
+  for (; done < all.size() && all[done].group + pending < warp.product_groups; ++done) {
+    Product& x = all[done];
+    x.each_chunk([&](uint32_t offset) { check_race(warp.block->shared + offset, 16, false, x.at); });
+    const uint32_t size = 4 * uint32_t(x.tiles);
+    const auto each = [&](const auto& f) {  // f(lane, number, row, column)
+      for (uint32_t lane = 0; lane < 32; ++lane)
+        for (uint32_t i = 0; i < size; ++i) f(lane, i, lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + 2 * (lane % 4) + i % 2);
+    };
+    alignas(32) float sums[16][128];
+    each([&](uint32_t lane, uint32_t i, uint32_t row, uint32_t n) { sums[row][n] = x.before[lane * size + i]; });
+    each([&](uint32_t lane, uint32_t i, uint32_t, uint32_t) {
+      if (std::bit_cast<uint32_t>(x.c[lane][i]) != kUnderWay || std::memcmp(x.a[lane], x.words[lane], 16))
+        fail("registers of a product under way have been written", x.at);
+    });
+    x.make(x, warp.block->shared, sums);
+    const auto next = std::find_if(all.begin() + ptrdiff_t(done) + 1, all.end(),
+                                   [&](const Product& other) { return other.c[0] == x.c[0]; });
+    if (next != all.end() && next->add) next->before.resize(32 * size);
+    each([&](uint32_t lane, uint32_t i, uint32_t row, uint32_t n) {
+      if (next == all.end()) x.c[lane][i] = sums[row][n];
+      else if (next->add) next->before[lane * size + i] = sums[row][n];
+    });
+  }
+  all.erase(all.begin(), all.begin() + ptrdiff_t(done));
+}
+
 }  // namespace simt
 
 #ifdef SIMT_THREADS
@@ -346,14 +429,14 @@ void run(dim3 grid, dim3 block, size_t shared, bool together, const void* entry,
 SIMT_API void simt_seed(uint64_t seed) { simt::seed(seed); }
 
 // From now on launchers see such a GPU; or that of the start, if it has no multiprocessors.
-SIMT_API void simt_gpu(int multiprocessors, size_t shared_bytes, bool tf32) {
-  simt::gpu = multiprocessors ? simt::Gpu{multiprocessors, shared_bytes, tf32} : simt::Gpu{};
+SIMT_API void simt_gpu(int multiprocessors, size_t shared_bytes, bool tf32, bool warpgroups) {
+  simt::gpu = multiprocessors ? simt::Gpu{multiprocessors, shared_bytes, tf32, warpgroups} : simt::Gpu{};
 }
 
 // From now on launchers see such a GPU, and their launches are listed; simt_listed() ends that.
-SIMT_API void simt_list(int multiprocessors, size_t shared_bytes, bool tf32) {
+SIMT_API void simt_list(int multiprocessors, size_t shared_bytes, bool tf32, bool warpgroups) {
   simt::listed.clear();
-  simt::gpu = {multiprocessors, shared_bytes, tf32, true};
+  simt::gpu = {multiprocessors, shared_bytes, tf32, warpgroups, true};
 }
 SIMT_API const char* simt_listed() {
   simt::gpu = {};

@@ -19,6 +19,7 @@ struct Stopped {};  // another lane has failed
 
 std::atomic<uint32_t> running;  // lanes that do not wait and have not ended
 std::atomic<bool> stopped;
+std::atomic<uint32_t> performers;
 std::mutex first_failure;
 std::exception_ptr failure;
 
@@ -95,13 +96,24 @@ void schedule(Launch& launch) {
 
 }  // namespace
 
+Performing::Performing() {
+  performers.fetch_add(1, std::memory_order_relaxed);
+  if (!stopped.load(std::memory_order_relaxed)) return;
+  performers.fetch_sub(1, std::memory_order_relaxed);
+  throw Stopped{};
+}
+Performing::~Performing() { performers.fetch_sub(1, std::memory_order_relaxed); }
+
 void wait(Meeting& meeting, uint32_t phase) {
   if (running.fetch_sub(1, std::memory_order_relaxed) == 1 && !stopped.load(std::memory_order_relaxed)) {
     see_all();
     fail(describe(), self->warp->calls[std::countr_zero(self->bit)].at);
   }
   while (meeting.phase.load(std::memory_order_acquire) == phase) {
-    if (stopped.load(std::memory_order_relaxed)) throw Stopped{};
+    if (stopped.load(std::memory_order_relaxed)) {
+      while (performers.load(std::memory_order_relaxed)) std::this_thread::yield();
+      throw Stopped{};
+    }
     sleep_while(meeting.phase, phase);
   }
 }
