@@ -35,7 +35,7 @@ import fastlm
 from benchmarks import ROOT, tables
 from benchmarks.measure import Measurement, Timing, check, failure, problems
 from benchmarks.page import page
-from benchmarks.workloads import FASTLM, STEPS_OF_MODELS, OperatorProblem, Workload, workloads
+from benchmarks.workloads import FASTLM, OperatorProblem, Workload, workloads
 from fastlm import ops
 from fastlm.functional.gru import gru_arguments
 
@@ -414,7 +414,7 @@ def main() -> int:
     if must:
         print("gpu-check needs " + ", ".join(must), file=sys.stderr)
         return 2
-    chosen = [w for w in workloads() if w.operator not in STEPS_OF_MODELS]
+    chosen = [w for w in workloads() if w.operator in OPERATORS]  # those with kernels for GPUs
     chosen = [w for w in chosen if not options.words or any(word in w.name for word in options.words)]
     folder = options.output or ROOT / "benchmarks" / "results" / time.strftime("gpu-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,14 @@ template <class T, int kD, bool OPTIONS> void launch(const AttentionCall& c, For
     device.launch(&attention_combine<stored_t<T>>, grid_of(c, heads * p.rows_most), 32 * kCombineWarps, kCombineBytes, p);
 }
 
+// Columns of the kernel for heads of kD, 0: there is none. Builds of some kernels have it for their small heads.
+template <class T> constexpr int warpgroup_columns(int kD) {
+#ifdef FASTLM_SOME_KERNELS
+  if (kD < 64) kD = 64;
+#endif
+  return sizeof(T) == 2 && (kD == 64 || kD == 128) ? kD : 0;
+}
+
 // Whether it is launched: where the device, and the code for it, have the products of warpgroups.
 template <class T, int kD> bool launch_warpgroups(const AttentionCall& c, ForwardParams& p, Device& device) {
   using Shape = WarpgroupShape<kD>;
@@ -90,8 +98,8 @@ void run_forward(AttentionCall& c, const Tensor& q, const Tensor& out, const Ten
   with_instance(c, device, [&](auto t, auto size) {
     using T = decltype(t);
     constexpr int kD = decltype(size)::value;
-    if constexpr (sizeof(T) == 2 && (kD == 64 || kD == 128))
-      if (!options && p.rows_most > kFewRows && launch_warpgroups<T, kD>(c, p, device)) return;
+    if constexpr (constexpr int kColumns = warpgroup_columns<T>(kD); kColumns > 0)
+      if (!options && p.rows_most > kFewRows && launch_warpgroups<T, kColumns>(c, p, device)) return;
     if constexpr (sizeof(T) == 2)
       if (!options) return launch<T, kD, false>(c, p, device);
     launch<T, kD, true>(c, p, device);

@@ -41,6 +41,12 @@ PACKED = (
     packed("packed-splits", (1, 1), (300, 3), 1, 8),
     paged("paged", (1, 2), (300, 6), 16),
 )
+# On a GPU with products of warpgroups: blocks of 128 rows, tiles of 128 keys.
+HOPPER = {"shared_bytes": 227 << 10, "warpgroups": True}
+BY_WARPGROUPS = (
+    ("scaled_dot_product_attention", attention("rows", 1, (2, 1), (70, 300), 32, grad=False, is_causal=True)),
+    ("varlen_attn", paged("paged", (65, 2), (300, 6), 16)),
+)
 # Blocks meet in groups of two or three; tiles are of 16 sequences and 8 units.
 GRU = {
     "alone": (
@@ -114,6 +120,10 @@ def main():
             if name == "gru" and dtype == torch.float32:
                 with simt.gpu(tf32=True):
                     run(fastlm.gru, case.build(dtype, 0), seed=0)
+                number += 1
+        with simt.gpu(**HOPPER):
+            for name, case in BY_WARPGROUPS:
+                compare(OPERATORS[name], case, torch.bfloat16, generated=True)
                 number += 1
     every = set(kernels(os.environ["FASTLM_SIMT_LIBRARY"]))
     idle = every - simt.ran()
