@@ -1,5 +1,5 @@
 // Memory of large results. What malloc maps, or gives back when its top is free, is new memory the next time, whose
-// pages the system clears before they are written: a cross-entropy waits as long for that as it computes, and a third
+// pages the system clears before they are written: a cross-entropy waits as long for that as it computes, and a sixth
 // of a training step goes by in page faults. So the memory of a freed result is kept for the next one, in huge pages.
 // The system may take its pages back whenever it runs short (MADV_FREE), and a forked process gets none of them
 // (MADV_WIPEONFORK).

@@ -36,7 +36,6 @@ import fastlm.nn
 from fastlm import ops
 from fastlm.imports import AfterImport
 from fastlm.ops import KERNEL_DTYPES
-from fastlm.ops.embedding import embedding as ops_embedding
 from fastlm.ops.linear import linear as ops_linear
 from fastlm.reference import is_causal_bias
 
@@ -210,7 +209,7 @@ def _linear(input, weight, bias=None):
 def _embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
 ):
-    function = ops_embedding if _active else _originals["embedding"]
+    function = fastlm.functional.embedding if _active else _originals["embedding"]
     return function(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 

@@ -1,8 +1,17 @@
 """Embeddings: the public function."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm.ops.embedding import embedding as ops_embedding
+from fastlm import ops
+from fastlm.ops.embedding import Embedding
+from fastlm.ops.linear import are_plain
+
+original = F.embedding  # whatever is installed over that name
+
+_LARGE_WEIGHT = 1 << 18  # elements
+_INDICES = (torch.int64, torch.int32)
 
 
 def embedding(
@@ -42,4 +51,22 @@ def embedding(
 
         x = fastlm.embedding(tokens, wte.weight)
     """
-    return ops_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if (
+        torch.compiler.is_compiling()
+        or max_norm is not None
+        or scale_grad_by_freq
+        or sparse
+        or not are_plain((input, weight))
+        or not ops.requires_grad(weight)
+        or input.dtype not in _INDICES
+        or weight.dim() != 2
+        or weight.numel() < _LARGE_WEIGHT
+    ):
+        return original(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        padding_idx = -1
+    elif not -weight.size(0) <= padding_idx < weight.size(0):
+        return original(input, weight, padding_idx)  # which says so
+    elif padding_idx < 0:
+        padding_idx += weight.size(0)
+    return Embedding.apply(input, weight, padding_idx)

@@ -5,25 +5,16 @@
 
 The gradient is as large as the matrix, and nearly all of it 0. To make that anew at each step takes more time than
 all else here (csrc/kept_memory.h). Values and order are those of F.embedding, but that 16-bit types are summed in
-float32. Whatever isn't a plain CPU tensor,
-a small matrix, or an option of F.embedding other than padding_idx, is F.embedding's.
+float32.
 """
 
 import torch
-from torch import Tensor
 
-from fastlm import ops
 from fastlm.ops import batched
-from fastlm.ops.linear import are_plain
 from fastlm.ops.products import new_empty
 
-original = torch.nn.functional.embedding  # whatever is installed over that name
 
-_LARGE_WEIGHT = 1 << 18  # elements
-_INDICES = (torch.int64, torch.int32)
-
-
-class _Embedding(torch.autograd.Function):
+class Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, padding_idx):
         ctx.save_for_backward(input)
@@ -49,34 +40,3 @@ class _Embedding(torch.autograd.Function):
         if ctx.padding_idx >= 0:
             dweight[ctx.padding_idx].zero_()
         return None, dweight, None
-
-
-def embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """The rows with autograd; arguments as of F.embedding."""
-    if (
-        torch.compiler.is_compiling()
-        or max_norm is not None
-        or scale_grad_by_freq
-        or sparse
-        or not are_plain((input, weight))
-        or not ops.requires_grad(weight)
-        or input.dtype not in _INDICES
-        or weight.dim() != 2
-        or weight.numel() < _LARGE_WEIGHT
-    ):
-        return original(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if padding_idx is None:
-        padding_idx = -1
-    elif not -weight.size(0) <= padding_idx < weight.size(0):
-        return original(input, weight, padding_idx)  # which says so
-    elif padding_idx < 0:
-        padding_idx += weight.size(0)
-    return _Embedding.apply(input, weight, padding_idx)
