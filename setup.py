@@ -55,7 +55,7 @@ ISAS = {
     "aarch64": {"neon": ""},
 }
 ON_REQUEST = {"avx512_model", "avx512_bf16_model"}  # for tests on machines without AVX-512
-FAMILIES = ("attention", "cross_entropy", "gru", "linear", "linear_cross_entropy", "peak")
+FAMILIES = ("activation", "attention", "cross_entropy", "gru", "linear", "linear_cross_entropy", "peak")
 
 # Compute capabilities without their dot; the last one chosen also as PTX, for GPUs to come.
 CUDA_ARCHS = ("75", "80", "86", "90", "100", "120")

@@ -49,6 +49,9 @@ FASTLM_LIBRARY(fastlm, m) {
       "Tensor dlinear_bias)");
   m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
   m.def("linear(Tensor input, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def("sum_rows(Tensor input) -> Tensor");
+  m.def("gelu(Tensor input, bool tanh) -> Tensor");
+  m.def("gelu_backward(Tensor dout, Tensor input, bool tanh) -> Tensor");
   m.def("new_empty(Tensor self, int[] size, ScalarType dtype) -> Tensor");
   m.def(
       "gru_layer(Tensor input, Tensor? batch_sizes, Tensor hx, Tensor[] weights, bool has_biases, "

@@ -8,6 +8,7 @@ from fastlm import distributed, nn
 from fastlm.functional import (
     cross_entropy,
     embedding,
+    gelu,
     gru,
     gru_cell,
     linear,
@@ -25,6 +26,7 @@ __all__ = [
     "cross_entropy",
     "distributed",
     "embedding",
+    "gelu",
     "gru",
     "gru_cell",
     "install",

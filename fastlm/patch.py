@@ -9,6 +9,7 @@ class, so that isinstance, pickling and subclasses of torch's modules stay as th
     F.linear_cross_entropy           also by nn.LinearCrossEntropyLoss
     F.linear                         also by nn.Linear and whatever else is made of it
     F.embedding                      also by nn.Embedding
+    F.gelu                           also by nn.GELU
     torch.gru, torch._VF.gru         what nn.GRU.forward calls, whenever the GRU was made
     torch.gru_cell, torch._VF.gru_cell
     torch.nn.attention.varlen.varlen_attn
@@ -98,6 +99,7 @@ _originals: dict[str, Callable] = {
     "cross_entropy": F.cross_entropy,
     "linear": F.linear,
     "embedding": F.embedding,
+    "gelu": F.gelu,
     "gru": torch.gru,
     "gru_cell": torch.gru_cell,
 }
@@ -213,6 +215,12 @@ def _embedding(
     return function(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
+def _gelu(input, *args, **kwargs):
+    if _active and not args and kwargs.keys() <= {"approximate"}:
+        return fastlm.functional.gelu(input, **kwargs)
+    return _originals["gelu"](input, *args, **kwargs)
+
+
 def _gru(input, *args, **kwargs):
     # (input, hx, params, ...) or, packed, (data, batch_sizes, hx, params, ...)
     given = (input, *args, *kwargs.values())
@@ -307,6 +315,7 @@ def _activate() -> None:
         "linear_cross_entropy",
         "linear",
         "embedding",
+        "gelu",
     ):
         if name in _originals:
             _put(F, name)
@@ -348,7 +357,7 @@ def install() -> None:
     """Run every program in this process on fastlm, until :func:`uninstall`.
 
     Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, F.embedding,
-    varlen_attn, nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
+    F.gelu, varlen_attn, nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
     kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so does a GPU,
     where it depends on the operator what is faster. A second call changes nothing. Threads see the change
     at once.

@@ -20,7 +20,7 @@ OPS = {
     f"{op.name.removeprefix('nn.functional.')} {op.variant_test_name}".strip().replace(" ", "-"): op
     for op in op_db
     if op.name.removeprefix("nn.functional.")
-    in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear")
+    in ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear", "gelu")
 }
 MODULES = {
     info.module_cls.__name__: info
@@ -36,7 +36,7 @@ TRANSFORMERS = {
 def test_samples_were_found():
     """op_db and module_db are internal to torch: notice if a name moves."""
     missing = not hasattr(torch.nn.functional, "linear_cross_entropy")  # before torch 2.13
-    expected = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear"}
+    expected = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "linear", "gelu"}
     assert expected - set(OPS) == ({"linear_cross_entropy"} if missing else set())
     assert len(MODULES) == 6 - missing and len(TRANSFORMERS) >= 4
 

@@ -24,6 +24,8 @@ PLACES = (
     (F, "cross_entropy"),
     *([(F, "linear_cross_entropy")] if HAS_LINEAR_LOSS else []),
     (F, "linear"),
+    (F, "embedding"),
+    (F, "gelu"),
     (torch, "gru"),
     (torch, "gru_cell"),
     (torch._VF, "gru"),

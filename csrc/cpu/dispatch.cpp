@@ -15,6 +15,7 @@
 // FASTLM_FOR_EACH_ISA(X) is defined by setup.py: X(generic) X(avx2) ...
 #define FASTLM_DECLARE(name)           \
   namespace fastlm::name {             \
+  void fill(ActivationKernels&);       \
   void fill(AttentionKernels&);        \
   void fill(CrossEntropyKernels&);     \
   void fill(GruKernels&);              \
@@ -56,6 +57,7 @@ struct Registry {
   table[count].isa = #name;                                  \
   table[count].runs_here = runs_here::name;                  \
   if (runs_here::name()) {                                   \
+    fastlm::name::fill(table[count].activation);             \
     fastlm::name::fill(table[count].attention);              \
     fastlm::name::fill(table[count].cross_entropy);          \
     fastlm::name::fill(table[count].gru);                    \

@@ -1,5 +1,6 @@
 // The kernel tables of the ISA in use.
 #pragma once
+#include "activation.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "gru.h"
@@ -13,6 +14,7 @@ namespace fastlm {
 struct Kernels {
   const char* isa;
   bool (*runs_here)();
+  ActivationKernels activation;
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   GruKernels gru;

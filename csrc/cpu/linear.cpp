@@ -1,4 +1,5 @@
-// fastlm::linear: tensors to the parameters of linear.h. fastlm::new_empty: memory for products of torch's.
+// fastlm::linear, fastlm::sum_rows: tensors to the parameters of linear.h. fastlm::new_empty: memory for products of
+// torch's.
 #include <torch/csrc/stable/library.h>
 
 #include "../check.h"
@@ -41,6 +42,17 @@ Tensor linear(const Tensor& input, const Tensor& weight, const Optional& scale, 
   return out;
 }
 
+// input (M, N); returns (N) of the compute type.
+Tensor sum_rows(const Tensor& input) {
+  const DType dtype = dtype_of(input, "sum_rows", "input");
+  STD_TORCH_CHECK(input.dim() == 2, "fastlm::sum_rows: input has shape ", shape_string(input), ", expected (M, N)");
+  const Tensor x = fastlm::contiguous(input);
+  Tensor out = new_tensor({input.size(1)}, compute_type(input.scalar_type()));
+  kernels().linear.sum_rows[dtype](
+      {torch_pool(), input.size(0), input.size(1), x.const_data_ptr(), out.mutable_data_ptr()});
+  return out;
+}
+
 // As torch's, in kept memory where it is large.
 Tensor new_empty(const Tensor&, std::vector<int64_t> size, ScalarType dtype) {
   return new_tensor(Ints(size.data(), size.size()), dtype);
@@ -51,5 +63,6 @@ Tensor new_empty(const Tensor&, std::vector<int64_t> size, ScalarType dtype) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("linear", TORCH_BOX(&fastlm::linear));
+  m.impl("sum_rows", TORCH_BOX(&fastlm::sum_rows));
   m.impl("new_empty", TORCH_BOX(&fastlm::new_empty));
 }

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastlm import reference
 from fastlm.functional.arguments import check_flag, check_integer, check_number, check_tensor
-from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny, under_transform
+from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny, memory, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
 
@@ -423,7 +423,7 @@ def linear_cross_entropy(
     if weight is not None:
         weight = weight.to(compute_dtype(dtype))
     return _call(
-        ops_cross_entropy.linear_cross_entropy, backend, input.to(dtype), linear_weight.to(dtype), target,
+        ops_cross_entropy.linear_cross_entropy, backend, input.to(dtype), memory.to(linear_weight, dtype), target,
         None if linear_bias is None else linear_bias.to(dtype), weight, code, ignore_index,
         label_smoothing, z_loss, softcap, return_lse, autocast,
     )  # fmt: skip

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.ops.embedding import Embedding
-from fastlm.ops.linear import are_plain
 
 original = F.embedding  # whatever is installed over that name
 
@@ -56,7 +55,7 @@ def embedding(
         or max_norm is not None
         or scale_grad_by_freq
         or sparse
-        or not are_plain((input, weight))
+        or not ops.are_plain((input, weight))
         or not ops.requires_grad(weight)
         or input.dtype not in _INDICES
         or weight.dim() != 2

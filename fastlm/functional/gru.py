@@ -10,7 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from fastlm import reference
 from fastlm.functional.arguments import check_flag, check_integer, check_tensor
-from fastlm.ops import KERNEL_DTYPES, autocast_is_on, autocast_is_on_somewhere, choose_backend, is_tiny
+from fastlm.ops import (
+    KERNEL_DTYPES,
+    autocast_is_on,
+    autocast_is_on_somewhere,
+    choose_backend,
+    is_tiny,
+    memory,
+)
 from fastlm.ops import gru as ops_gru
 
 _GRU = (
@@ -116,7 +123,7 @@ def _run_gru(function, stack, tensors, arguments):
 
     def cast(x):
         if isinstance(x, Tensor):
-            return x.to(dtype) if x.is_floating_point() else x
+            return memory.to(x, dtype) if x.is_floating_point() else x
         return [cast(y) for y in x] if isinstance(x, (list, tuple)) else x
 
     output = stack(layer, *(cast(x) for x in arguments))

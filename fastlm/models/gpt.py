@@ -205,7 +205,7 @@ class MLP(nn.Module):
             x = F.silu(gate) * up
         else:
             # Outside of the layer, which adapters and hooks take for a linear one.
-            x = F.gelu(self.c_fc(x), approximate="tanh")
+            x = fused.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(x))
 
 

@@ -320,6 +320,25 @@ def batched(*gradients: torch.Tensor | None) -> bool:
     return False
 
 
+def are_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether kernels for CPUs may read these, and nothing stands between, but perhaps autograd."""
+    for x in tensors:
+        if type(x) not in PLAIN or not x.is_cpu or x.layout is not torch.strided:
+            return False
+    return not (
+        _forced == "eager"
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or under_transform(*tensors)
+    )
+
+
+def is_recorded(gradient: torch.Tensor) -> bool:
+    """Whether a backward's own operations are watched: a graph of it is made, it is batched, or a mode sees them.
+    torch's operators serve it then."""
+    return torch.is_grad_enabled() or batched(gradient) or torch._C._len_torch_dispatch_stack() > 0
+
+
 def requires_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether the result of a call with these is to be differentiable."""
     if torch.is_grad_enabled():

@@ -10,8 +10,8 @@ float32.
 
 import torch
 
-from fastlm.ops import batched
-from fastlm.ops.products import new_empty
+from fastlm.ops import is_recorded
+from fastlm.ops.memory import new_empty
 
 
 class Embedding(torch.autograd.Function):
@@ -24,7 +24,7 @@ class Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or batched(dy) or torch._C._len_torch_dispatch_stack() > 0:
+        if is_recorded(dy):
             dweight = torch.ops.aten.embedding_dense_backward(dy, input, ctx.rows, ctx.padding_idx, False)
             return None, dweight, None
         dweight = new_empty(dy, (ctx.rows, dy.size(-1)), dy.dtype).zero_()

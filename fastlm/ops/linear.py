@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlm import ops
-from fastlm.ops import batched, products
+from fastlm.ops import memory, products
+from fastlm.ops.activation import gelu
 
 original = torch._C._nn.linear  # F.linear, whatever is installed over that name
-_keys_of = torch._C._dispatch_keys
+_sum_rows = torch.ops.fastlm.sum_rows.default
 _is_compiling = torch.compiler.is_compiling
 
 # Elements of input times elements of weight below which a choice gains less than it costs to look up. Other
@@ -31,6 +32,7 @@ _SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 2
 _SMALL_WEIGHT = 1 << 17  # elements of weight alone, for a few tokens: reading them takes the time
 _MANY_TOKENS, _LARGE_WEIGHT = 8, 1 << 18  # bits of their number, elements
 _TYPES = (Tensor, Parameter)
+_STRIP = 64  # columns that a thread sums, at least
 _ALL_TORCH = ("torch", "torch", "torch")
 # The ways of forward, input gradient and weight gradient; torch's too for a gradient that isn't wanted.
 _known: dict[tuple, tuple[str, str, str]] = {}
@@ -85,7 +87,7 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     """Whether these are plain tensors of fitting dtypes and shapes, and nothing asks for F.linear itself or
     for torch's own choice of the products."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not are_plain(tensors) or (bias is not None and bias.shape != weight.shape[:1]):
+    if not ops.are_plain(tensors) or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     dtypes = products.DTYPES if autocast else (dtype,)
     for x in tensors:
@@ -101,19 +103,6 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     )
 
 
-def are_plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether kernels for CPUs may read these."""
-    for x in tensors:
-        if type(x) not in _TYPES or not x.is_cpu or x.layout is not torch.strided:
-            return False
-    return not (
-        ops._forced == "eager"
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or ops.under_transform(*tensors)
-    )
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, dtype, forward, input_gradient, weight_gradient):
@@ -123,7 +112,7 @@ class _Linear(torch.autograd.Function):
         if weight.dtype is not dtype and (
             forward != "float32" or (needs_input and input_gradient != "float32")
         ):
-            rounded = products.cast(weight, dtype)
+            rounded = memory.cast(weight, dtype)
         ctx.save_for_backward(
             input if needs_weight else None,
             weight if needs_input else None,
@@ -145,7 +134,8 @@ class _Linear(torch.autograd.Function):
         with products.without_autocast():
             dy = dy.reshape(-1, dy.shape[-1])
             x = None if input is None else input.reshape(-1, input.shape[-1])
-            if torch.is_grad_enabled() or batched(dy) or torch._C._len_torch_dispatch_stack() > 0:
+            recorded = ops.is_recorded(dy)
+            if recorded:
                 # by torch, which autograd and everything else knows
                 if weight is not None:
                     dx = torch.mm(dy, weight.to(ctx.dtype))
@@ -162,8 +152,16 @@ class _Linear(torch.autograd.Function):
             if dx is not None:
                 dx = dx.view(ctx.shape)
             if ctx.needs_input_grad[2]:
-                dbias = dy.sum(0, dtype=ctx.dtypes[2])
+                dbias = _bias_gradient(dy, ctx.dtypes[2], recorded)
         return dx, dweight, dbias, None, None, None, None
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype, recorded: bool) -> Tensor:
+    # torch widens all of dy first.
+    if dy.dtype.itemsize > 2 or recorded or dy.size(1) < _STRIP * torch.get_num_threads():
+        return dy.sum(0, dtype=dtype)
+    with products.below_autograd():
+        return _sum_rows(dy).to(dtype)
 
 
 def _product(
@@ -176,17 +174,15 @@ def _product(
 
 class _Activation(NamedTuple):
     function: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]  # where there is such
     onednn: tuple[str, str]  # name and algorithm
 
 
-_gelu, _gelu_ = torch._C._nn.gelu, torch._C._nn.gelu_
+_gelu_tanh = functools.partial(gelu, approximate="tanh")
 ACTIVATIONS = {
     "relu": _Activation(torch.relu, torch.relu_, ("relu", "")),
-    "gelu": _Activation(_gelu, _gelu_, ("gelu", "none")),
-    "gelu_tanh": _Activation(
-        functools.partial(_gelu, approximate="tanh"), functools.partial(_gelu_, approximate="tanh"), ("gelu", "tanh")
-    ),
+    "gelu": _Activation(gelu, gelu, ("gelu", "none")),
+    "gelu_tanh": _Activation(_gelu_tanh, _gelu_tanh, ("gelu", "tanh")),
     "silu": _Activation(torch._C._nn.silu, torch._C._nn.silu_, ("swish", "")),
     "sigmoid": _Activation(torch.sigmoid, torch.sigmoid_, ("sigmoid", "")),
     "tanh": _Activation(torch.tanh, torch.tanh_, ("tanh", "")),
@@ -226,7 +222,7 @@ def linear_int8(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
         not _is_compiling()
         and not input.is_nested
         and input.numel() <= products.FEW * shape[-1]
-        and are_plain(tensors)
+        and ops.are_plain(tensors)
         and not ops.autocast_is_on(input.device)
         and not ops.requires_grad(input, scale, bias)
     ):
@@ -248,7 +244,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     act = None if activation is None else ACTIVATIONS[activation]
     if ops.requires_grad(input, weight, bias):
         if dtype is not input.dtype and "float32" not in (ways[0], ways[2]):
-            input = input.to(dtype)
+            input = memory.to(input, dtype)
         y = _Linear.apply(input, weight, bias, dtype, *ways)
         return y if act is None else act.function(y)
     if act is not None and ways[0] == "onednn":
