@@ -518,6 +518,33 @@ def test_activation_is_in_onednns_product_only_without_gradient(monkeypatch):
         called.clear()
 
 
+@pytest.mark.parametrize("by_columns", (False, True), ids=("rows", "columns"))
+@pytest.mark.parametrize("activation", (None, "gelu_tanh"))
+def test_large_results_are_made_in_parts(activation, by_columns, monkeypatch):
+    """oneDNN's, so that they stay in the caches, and torch's in 16 bits, whole tiles first."""
+    monkeypatch.setattr(products, "_MAPPED", 1 << 14)
+    monkeypatch.setattr(products, "_PART", 1 << 12)
+    monkeypatch.setattr(products, "_MANY", 1 << 8)
+    made, new_empty = [], products.new_empty
+    monkeypatch.setattr(products, "new_empty", lambda *args: made.append(args) or new_empty(*args))
+    for m, n in ((70, 333), (333, 70), (300, 301)):
+        a, b, bias = torch.randn(m, 40), torch.randn(40, n), torch.randn(n)
+        b = b.t().contiguous().t() if by_columns else b
+        if products._onednn is not None:
+            act = (("none", ""), lambda y: y) if activation is None else (("gelu", "tanh"), fastlm.gelu)
+            options = {} if activation is None else {"approximate": "tanh"}
+            for c in (None, bias):
+                y = products._by_onednn(a, b, c, torch.float32, act[0])
+                torch.testing.assert_close(y, act[1](a @ b if c is None else torch.addmm(c, a, b), **options))
+            assert len(made) == 2
+            made.clear()
+        a, b = a.bfloat16(), b.bfloat16()
+        torch.testing.assert_close(
+            products._by_torch(a, b, None, torch.bfloat16).float(), a.float() @ b.float(), atol=0.1, rtol=0.02
+        )
+        made.clear()
+
+
 # ---- a few tokens --------------------------------------------------------------------------
 
 few_tokens = torch.ops.fastlm.linear.default
