@@ -256,6 +256,8 @@ def _weight_files(folder: str | os.PathLike) -> list[Path]:
 def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of ``head(x)``, x (B, T, C) and targets (B, T). A plain layer's logits are never in
     memory; what an adapter around it gives is not its weight's alone."""
+    if not x.is_contiguous():  # a GRU's, which lie in the order of time, and are read so
+        x, targets = x.transpose(0, 1), targets.t()
     x, targets = x.flatten(0, 1), targets.flatten()
     if only_multiplies(head):
         return fused.linear_cross_entropy(x, head.weight, targets, linear_bias=head.bias)
