@@ -143,7 +143,7 @@ void tile_gradients(const AttentionParams& p, BackwardScratch<S>& x, const KeyRa
                                      x.dscores + begin, ld);
   if (x.keep) dropout_tile(p, x.rows, keys, x.keep);
 
-  const V unit = splat(score_unit<T>(p)), log = splat(kLog<T>), scale = splat(kBias ? T(1) : T(p.scale));
+  const V unit = splat(score_unit<T>(p)), log = splat(kLog<S>), scale = splat(kBias ? T(1) : T(p.scale));
   const bool capped = !kBias && p.softcap > 0;
   for (int64_t j = 0; j < keys.n; j += kPair)
     for (int64_t r = begin; r < keys.end; r += kLanes<T>) {
@@ -153,7 +153,7 @@ void tile_gradients(const AttentionParams& p, BackwardScratch<S>& x, const KeyRa
         w[y] = ds[y] = V{};
         if (y > 0 && j + y == keys.n) break;
         const int64_t at = (j + y) * ld + r;
-        w[y] = softmax_exp((load(x.scores + at) * unit - load(x.lse + r)) * log);
+        w[y] = softmax_exp<S>((load(x.scores + at) * unit - load(x.lse + r)) * log);
         V dw = load(x.dscores + at);
         if (x.keep) dw *= load(x.keep + at);
         ds[y] = w[y] * ((dw - load(x.delta + r)) * scale);
@@ -295,7 +295,7 @@ template <class T> void sink_gradients(const AttentionParams& p) {
         const T* delta = static_cast<const T*>(p.delta) + s.lse + h * p.lse_h;
         for (int64_t i = 0; i < s.Tq; i += kLanes<T>) {
           const int64_t n = least<int64_t>(kLanes<T>, s.Tq - i);
-          const Vec<T> sums = load(lse + i, n), x = load(delta + i, n) * softmax_exp((sink - sums) * splat(kLog<T>));
+          const Vec<T> sums = load(lse + i, n), x = load(delta + i, n) * softmax_exp<T>((sink - sums) * splat(kLog<T>));
           // A row without any key has lse -inf, and so has its sink.
           sum -= select(first_lanes<T>(n) & (sums != none), x, Vec<T>{});
         }

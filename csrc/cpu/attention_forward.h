@@ -12,6 +12,9 @@
 namespace fastlm::FASTLM_ISA {
 
 inline constexpr int64_t kFewRows = 4;  // up to here vectors lie along D
+// A tile of a block of queries: its scores are finished kPanel queries at a time, so that they stay in the first-level
+// cache with what they are multiplied by, and its part of the output is added for so many keys at once.
+inline constexpr int64_t kPanel = 48, kForwardKeys = 128;
 
 // What turns a row's weights of sum l under maximum m into probabilities, with its sink's logit joined
 // to the sum. All in natural units.
@@ -66,6 +69,15 @@ template <class S> struct RowSink {
 // How far above m a score may lie, in units of the exponential: sums of 2^8 times as many weights are no less exact.
 template <class T> inline constexpr T kHeadroom = 8;
 
+// A score as what is subtracted from others, and the weight of a score: in 16 bits the product with the factor
+// is part of the difference, whose error is the same for all of a row.
+template <class S, class V = Vec<compute_t<S>>> FASTLM_INLINE V reference(V s, V factor) {
+  return kRoughWeights<S> ? s * factor : s;
+}
+template <class S, class V = Vec<compute_t<S>>> FASTLM_INLINE V weight(V s, V factor, V reference) {
+  return softmax_exp<S>(kRoughWeights<S> ? fma(s, factor, -reference) : (s - reference) * factor);
+}
+
 // One tile's softmax over kV vectors of lanes: m, which no score of theirs exceeds by more than the headroom, weights
 // exp(s - m) as operand, sums l; alpha is what earlier sums and outputs are to be multiplied by. Returns lanes where
 // that is not 1.
@@ -90,7 +102,8 @@ FASTLM_INLINE mask_t<Vec<compute_t<S>>> softmax_columns(
     const V old = load(m + v * kL);
     top[v] = select((top[v] - old) * f > splat(kHeadroom<T>), top[v], old);
     shift[v] = select(top[v] == none, V{}, top[v]);
-    const V a = softmax_exp((old - shift[v]) * f);
+    shift[v] = reference<S>(shift[v], f);
+    const V a = weight<S>(old, f, shift[v]);
     changed |= a != splat(T(1));
     store(alpha + v * kL, a);
     store(m + v * kL, top[v]);
@@ -106,7 +119,7 @@ FASTLM_INLINE mask_t<Vec<compute_t<S>>> softmax_columns(
         w[x] = V{};
         if (x > 0 && j + x == n) break;
         const int64_t at = (j + x) * ld + v * kL;
-        w[x] = softmax_exp((load(s + at) - shift[v]) * f);
+        w[x] = weight<S>(load(s + at), f, shift[v]);
         sum[v] += w[x];
         if (keep) w[x] *= load(keep + at);
       }
@@ -142,50 +155,48 @@ template <class S>
 ForwardScratch<S> forward_scratch(const AttentionParams& p, const AttentionItem& item) {
   using T = compute_t<S>;
   using E = operand_t<S>;
-  const int64_t widest = greatest(greatest(p.D, p.Dv), kKeyBlock);
-  const int64_t numbers = kRowBlock * (p.D + p.Dv + 3 * widest + 5 * kKeyBlock + 16) +
-                          kKeyBlock * (spread(p.D) + spread(p.Dv));
+  const int64_t widest = greatest(greatest(p.D, p.Dv), kForwardKeys);
+  const int64_t numbers = kRowBlock * (p.D + p.Dv + 3 * widest + 5 * kForwardKeys + 16) +
+                          kForwardKeys * (spread(p.D) + spread(p.Dv));
   Arena arena{static_cast<char*>(thread_scratch(kScratchKernel, size_t(numbers) * sizeof(T) + 4096))};
   ForwardScratch<S> x;
   x.rows = row_block<T>(p, item, arena);
   const int64_t W = x.rows.width;
   x.q = arena.take<E>(W * (p.D + 1));
   x.out = arena.take<T>(W * p.Dv);
-  x.scores = arena.take<T>(W * kKeyBlock);
+  x.scores = arena.take<T>(W * kForwardKeys);
   x.m = arena.take<T>(W);
   x.l = arena.take<T>(W);
   x.alpha = arena.take<T>(W);
-  x.k = arena.take<E>(kKeyBlock * spread(p.D));
-  x.v = arena.take<E>(kKeyBlock * spread(p.Dv));
-  if constexpr (Operand<S>::kPair == 2) x.weights = arena.take<E>(W * kKeyBlock / 2);
+  x.k = arena.take<E>(kForwardKeys * spread(p.D));
+  x.v = arena.take<E>(kForwardKeys * spread(p.Dv));
+  if constexpr (Operand<S>::kPair == 2) x.weights = arena.take<E>(W * kForwardKeys / 2);
   else x.weights = x.scores;
   x.tmp = arena.take<E>(W * (widest + 1));
-  x.keep = p.dropout ? arena.take<T>(W * kKeyBlock) : nullptr;
+  x.keep = p.dropout ? arena.take<T>(W * kForwardKeys) : nullptr;
   x.score = {};
   if (p.mask_kind != kNoMask) {
-    x.score.mask = arena.take<T>(W * kKeyBlock);
-    x.score.mask_tmp = arena.take<T>(W * kKeyBlock);
+    x.score.mask = arena.take<T>(W * kForwardKeys);
+    x.score.mask_tmp = arena.take<T>(W * kForwardKeys);
   }
   return x;
 }
 
-// The keys of one tile: scores, softmax, and their part of the output.
+// The keys of one tile for some of its queries: scores, softmax, and their part of the output.
 template <class S>
-void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange& keys,
-                  const KeySource<S>& key, const KeySource<S>& value) {
+void forward_panel(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange& keys,
+                   const KeyRows<operand_t<S>>& k, const KeyRows<operand_t<S>>& v) {
   using T = compute_t<S>;
   using Mul = typename Operand<S>::Mul;
   constexpr int64_t kPair = Operand<S>::kPair;
-  constexpr int kVecs = kRowBlock / kLanes<T> % 4 ? 3 : 4;  // a whole block without a rest
+  constexpr int kVecs = kPanel / kLanes<T> % 4 ? 3 : 4;  // a whole panel without a rest
   constexpr int64_t kStep = kVecs * kLanes<T>;
   const int64_t ld = x.rows.width, begin = keys.begin, lanes = keys.end - keys.begin;
-  const T factor = score_unit<T>(p) * kLog<T>;
+  const T factor = score_unit<T>(p) * kLog<S>;
 
-  const auto k = rows_along_columns(key, keys.j0, keys.n, x.k);
   matmul<Mul, kRowMajor, kOverwrite>(keys.n, lanes, ceil_div(p.D, kPair), k.data, k.ld, x.q + begin, ld,
                                      x.scores + begin, ld);
   finish_scores<T, S, false>(p, x.rows, keys, x.scores, x.score);
-  if (x.keep) dropout_tile(p, x.rows, keys, x.keep);
 
   mask_t<Vec<T>> changed{};
   int64_t r = begin;
@@ -200,9 +211,21 @@ void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange
       for (r = begin; r < keys.end; r += kLanes<T>)
         store(x.out + d * ld + r, load(x.out + d * ld + r) * load(x.alpha + r));
 
-  const auto v = rows_along_rows(value, keys.j0, keys.n, x.v);
   matmul<Mul, kColMajor, kAccumulate>(p.Dv, lanes, ceil_div(keys.n, kPair), v.data, v.ld,
                                       x.weights + begin, ld, x.out + begin, ld);
+}
+
+template <class S>
+void forward_tile(const AttentionParams& p, ForwardScratch<S>& x, const KeyRange& keys,
+                  const KeySource<S>& key, const KeySource<S>& value) {
+  const auto k = rows_along_columns(key, keys.j0, keys.n, x.k);
+  const auto v = rows_along_rows(value, keys.j0, keys.n, x.v);
+  if (x.keep) dropout_tile(p, x.rows, keys, x.keep);
+  KeyRange panel = keys;
+  for (; panel.begin < keys.end; panel.begin = panel.end) {
+    panel.end = least(panel.begin + kPanel, keys.end);
+    forward_panel(p, x, panel, k, v);
+  }
 }
 
 template <class S> void forward_block(const AttentionParams& p, const AttentionItem& item) {
@@ -225,9 +248,9 @@ template <class S> void forward_block(const AttentionParams& p, const AttentionI
   }
   const KeySource<S> key = key_source<S>(p, seq, rows.hkv), value = value_source<S>(p, seq, rows.hkv);
   for (int64_t j = begin; j < end;) {
-    KeyRange keys = key_range(rows, j, least(kKeyBlock, end - j));
+    KeyRange keys = key_range(rows, j, least(kForwardKeys, end - j));
     // Of a tile on the diagonal half is hidden, of two halves a quarter.
-    if (!keys.inside) keys = key_range(rows, j, least(kKeyBlock / 2, end - j));
+    for (int64_t n = kForwardKeys / 2; n >= 32 && !keys.inside; n /= 2) keys = key_range(rows, j, least(n, end - j));
     if (keys.begin < keys.end) forward_tile(p, x, keys, key, value);
     j += keys.n;
   }
@@ -374,7 +397,7 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
     end = least(end, (item.split + 1) * seq.split_keys);
   }
   const KeySource<S> key = key_source<S>(p, seq, rows.hkv), value = value_source<S>(p, seq, rows.hkv);
-  const T unit = score_unit<T>(p), factor = unit * kLog<T>;
+  const T unit = score_unit<T>(p), factor = unit * kLog<S>;
   // Where nothing depends on a key's place, the keys of four parts take turns: a core reads several distant
   // places of memory at the same time sooner than one (see few_tokens.h).
   const int64_t part = any_order(rows, begin, end) ? (end - begin) / 4 : 0;
@@ -404,7 +427,7 @@ template <class S> void forward_few(const AttentionParams& p, const AttentionIte
       m[r] = peak > old ? peak : old;
       const T shift = m[r] == -T(__builtin_inf()) ? T(0) : m[r];
       for (int64_t j = 0; j < n; j += kL) {
-        const V w = softmax_exp((load(s + j) - splat(shift)) * splat(factor));
+        const V w = softmax_exp<S>((load(s + j) - splat(shift)) * splat(factor));
         sum += w;
         store(s + j, w);
       }

@@ -30,16 +30,16 @@ struct Arena {
 
 // ---- the exponential of the softmax ----
 
-// Softmax takes powers of 2 for float and of e for double: kLog turns natural logarithms into these
-// units. Differences are taken before, so that large scores lose nothing.
-template <class T> inline constexpr T kLog = 1;
-template <> inline constexpr float kLog<float> = 1.44269504f;
+// Where weights are rounded to 16 bits, or what is summed with them is, exponentials within 2^-20 will do.
+template <class S> inline constexpr bool kRoughWeights = sizeof(S) < sizeof(compute_t<S>);
 
-FASTLM_INLINE Vec<double> softmax_exp(Vec<double> x) { return exp(x); }
+// Softmax takes powers of 2 for float and of e otherwise: kLog turns natural logarithms into these units.
+template <class S> inline constexpr compute_t<S> kLog = 1;
+template <> inline constexpr float kLog<float> = 1.44269504f;
 
 // 2^x for x <= 0 (or a rounding error above): Cephes' exp2f without its range checks. 0 for x below
 // the exponents of normal numbers and for -inf, NaN for NaN.
-FASTLM_INLINE Vec<float> softmax_exp(Vec<float> x) {
+FASTLM_INLINE Vec<float> exp2_negative(Vec<float> x) {
   using V = Vec<float>;
   x = max(splat(-127.f), x);                      // NaN, the second operand, comes through
   const V biased = x + splat(12582912.f + 127.f);  // 1.5 * 2^23: the low bits hold n + 127
@@ -53,8 +53,13 @@ FASTLM_INLINE Vec<float> softmax_exp(Vec<float> x) {
   y = fma(y, f, splat(1.f));
   return y * bits_of<V>(bits_of<Words>(biased) << 23);
 }
+template <class S> FASTLM_INLINE Vec<compute_t<S>> softmax_exp(Vec<compute_t<S>> x) {
+  if constexpr (kRoughWeights<S>) return exp_negative<true>(x);
+  else if constexpr (sizeof(S) == 4) return exp2_negative(x);
+  else return exp(x);
+}
 // exp(x) of a scalar in natural units, x <= 0.
-template <class T> FASTLM_INLINE T exp_scalar(T x) { return softmax_exp(splat(x * kLog<T>))[0]; }
+template <class T> FASTLM_INLINE T exp_scalar(T x) { return softmax_exp<T>(splat(x * kLog<T>))[0]; }
 
 // ---- a block of queries ----
 
@@ -269,7 +274,7 @@ void mask_row(const AttentionParams& p, int64_t offset, int64_t j0, int64_t n, T
   }
 }
 
-// The mask's tile as numbers to add, [keys][ld]. `tmp` holds rows.n x kKeyBlock elements.
+// The mask's tile as numbers to add, [keys][ld]. `tmp` holds rows.n x keys.n elements.
 template <class T, class S>
 void mask_tile(const AttentionParams& p, const RowBlock<T>& rows, const KeyRange& keys, T* dst, T* tmp) {
   const int64_t ld = rows.width;
@@ -281,16 +286,16 @@ void mask_tile(const AttentionParams& p, const RowBlock<T>& rows, const KeyRange
   }
   const int64_t end = least(keys.end, rows.n);
   for (int64_t r = keys.begin; r < end; ++r)
-    mask_row<T, S>(p, rows.mask[r], keys.j0, keys.n, tmp + (r - keys.begin) * kKeyBlock);
-  transpose(end - keys.begin, keys.n, tmp, kKeyBlock, dst + keys.begin, ld);
+    mask_row<T, S>(p, rows.mask[r], keys.j0, keys.n, tmp + (r - keys.begin) * keys.n);
+  transpose(end - keys.begin, keys.n, tmp, keys.n, dst + keys.begin, ld);
   for (int64_t j = 0; j < keys.n; ++j)
     for (int64_t r = end; r < keys.end; ++r) dst[j * ld + r] = T(0);
 }
 
 // Space for a block's mask tile and softcap slopes, where they are needed.
 template <class T> struct ScoreScratch {
-  T *mask, *mask_tmp;  // [kKeyBlock][width], [rows.n][kKeyBlock]
-  T* slope;            // [kKeyBlock][width] d softcap(s) / ds, for the backward
+  T *mask, *mask_tmp;  // [keys][width], [rows.n][keys]
+  T* slope;            // [keys][width] d softcap(s) / ds, for the backward
 };
 
 // Brings raw products q.k to scores, in place: softcap, biases, band.
