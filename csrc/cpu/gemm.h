@@ -76,10 +76,13 @@ inline __attribute__((noinline)) void tile(int64_t K, const typename Mul::elem* 
       for (int i = 0; i < kVecs * kVectorBytes; i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(c + (kRows + r) * ldc) + i, 1);
   micro<Mul, kRows, kVecs, kA>(K, a, lda, b, ldb, acc);
+  // Rows' addresses are found again: kept from above they were on the stack and in vectors.
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r, c += ldc) {
+    asm("" : "+r"(c));
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(c + v * kLanes<T>, acc[r][v]);
+  }
 }
 
 template <class Mul, int kVecs, Layout kA, Update kUpdate>
