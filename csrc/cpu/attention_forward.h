@@ -66,7 +66,7 @@ template <class S> struct RowSink {
 
 // ---- blocks of queries ----
 
-// How far above m a score may lie, in units of the exponential: sums of 2^8 times as many weights are no less exact.
+// How far above m a score may lie, in units of the exponential: weights up to 2^8, or e^8, add up as exactly.
 template <class T> inline constexpr T kHeadroom = 8;
 
 // A score as what is subtracted from others, and the weight of a score: in 16 bits the product with the factor
