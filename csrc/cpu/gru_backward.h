@@ -52,7 +52,7 @@ template <class S> struct BackwardSpace {
     gain = arena.take<F>(norm ? p.D * 2 * (3 * H + kLanes<F>) : 0);
     lengths = arena.take<int64_t>(p.B);
     bounds = arena.take<int64_t>(division.tiles + 1);
-    counters = arena.take<Counter>(p.D * division.tiles * (division.parts + 1));
+    counters = arena.take<Counter>(p.D * division.tiles * division.parts * kCounters);
   }
 
   // The vector of units with which a part begins, or the parts end.

@@ -44,7 +44,7 @@ template <class S> struct ForwardSpace {
     gain = arena.take<F>(norm ? p.D * 2 * (3 * p.H + kLanes<F>) : 0);
     lengths = arena.take<int64_t>(p.B);
     bounds = arena.take<int64_t>(division.tiles + 1);
-    counters = arena.take<Counter>(p.D * division.tiles * (division.parts + 1));
+    counters = arena.take<Counter>(p.D * division.tiles * division.parts * kCounters);
   }
 };
 
@@ -112,7 +112,7 @@ template <class S> struct Forward {
   void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
   template <class Visit> void products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s,
                                        const Visit& f) const;
-  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, F* c, int64_t ldc, int64_t b,
+  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, int64_t units, F* c, int64_t b,
                   int64_t s) const;
   void single_step(int64_t d) const;
   void recurrence() const;
@@ -197,50 +197,53 @@ void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int6
   const F* x = products(d) + (p.offsets[time(d, s)] + b) * ldx;
   step_products<S>(
       p, rows, space.K, h, space.ldh, weights(d), kNV * first, kNV * last,
-      [&](int64_t v, int64_t, F* c) { f(v / kNV, c); },
+      [&](int64_t v, int64_t n, F* c) { f(v / kNV, n / kNV, c); },
       [&](int64_t v, int64_t, int64_t m) {
         for (int64_t i = v / kNV * kL; i < ldx; i += p.H) prefetch(kL, x + m * ldx + i);
       });
 }
 
-// Units of panel u at step s for `rows` sequences from b on, their rows being those from `row` on:
-// c[rows][3 lanes] (leading dimension ldc) is h W, and gives its place to the gates.
+// Panel u at step s for `rows` sequences from b on, their rows being those from `row` on, or `units` panels from u on
+// for one sequence: c[rows or units][3 lanes] is h W, and gives its place to the gates.
 template <class S>
-void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, F* c, int64_t ldc,
+void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, int64_t units, F* c,
                             int64_t b, int64_t s) const {
-  const int64_t H = p.H, i = u * kL, ldout = p.D * H, ldh = space.ldh;
-  const F* h = state(d, s) + b * ldh;
-  F* next = state(d, s + 1) + b * ldh;
-  R* factor = factors(d, s + 1) + b * ldh;
+  const int64_t H = p.H, i = u * kL, ldout = p.D * H;
+  const F* h = state(d, s) + b * space.ldh + i;
+  F* next = state(d, s + 1) + b * space.ldh + i;
+  R* factor = factors(d, s + 1) + b * space.ldh + i;
   const F* x = products(d) + row * ldx + i;
+  const F* bias_q = bias(d, 1) + 2 * H + i;
   F* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
   S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
   const S* update = p.update ? static_cast<const S*>(p.update) + row * ldout + d * H + i : nullptr;
   const bool zoneout = p.update || p.zoneout != 0;
-  const auto visit = [&](int64_t w) FASTLM_INLINED {
-    // n waits long for r: with r and z of all rows before it, a core has several rows at work at the same time.
-    for (int64_t m = 0; m < rows; ++m) {
-      const F* xm = x + m * ldx;
-      F* cm = c + m * ldc;
+  // The panels, or else the rows, from `begin` to `end`: w lanes of each.
+  const auto visit = [&]<bool kAcross>(int64_t begin, int64_t end, int64_t w) FASTLM_INLINED {
+    const int64_t of_x = kAcross ? kL : ldx, of_h = kAcross ? kL : space.ldh, of_out = kAcross ? kL : ldout;
+    const int64_t of_gate = kAcross ? kL : 4 * H, of_bias = kAcross ? kL : 0;
+    // n waits long for r: with r and z of all of them before it, a core has several at work at the same time.
+    for (int64_t m = begin; m < end; ++m) {
+      const F* xm = x + m * of_x;
+      F* cm = c + m * kPanel<F>;
       store(cm, sigmoid(get<F>(xm, w) + load(cm)));
       store(cm + kL, sigmoid(get<F>(xm + H, w) + load(cm + kL)));
     }
-    const Vec<F> bias_q = get<F>(bias(d, 1) + 2 * H + i, w);
-    for (int64_t m = 0; m < rows; ++m) {
-      const F *xm = x + m * ldx, *cm = c + m * ldc;
-      const Vec<F> r = load(cm), z = load(cm + kL), q = load(cm + 2 * kL) + bias_q;
+    for (int64_t m = begin; m < end; ++m) {
+      const F *xm = x + m * of_x, *cm = c + m * kPanel<F>;
+      const Vec<F> r = load(cm), z = load(cm + kL), q = load(cm + 2 * kL) + get<F>(bias_q + m * of_bias, w);
       const Vec<F> n = tanh(fma(r, q, get<F>(xm + 2 * H, w)));
-      const Vec<F> before = load(h + m * ldh + i);
+      const Vec<F> before = load(h + m * of_h);
       Vec<F> hidden = fma(z, before - n, n);
       if (zoneout) {  // so that u = 0 keeps the old state to the bit
-        const Vec<F> u = update ? get<F>(update + m * ldout, w) : splat(F(1 - p.zoneout));
+        const Vec<F> u = update ? get<F>(update + m * of_out, w) : splat(F(1 - p.zoneout));
         hidden = fma(u * (splat(F(1)) - z), n - before, before);
       }
-      store(next + m * ldh + i, hidden);
-      put<F>(out + m * ldout, hidden, w);
-      if constexpr (kRounded) put<F>(factor + m * ldh + i, hidden, w);
+      store(next + m * of_h, hidden);
+      put<F>(out + m * of_out, hidden, w);
+      if constexpr (kRounded) put<F>(factor + m * of_h, hidden, w);
       if (gate) {
-        F* g = gate + m * 4 * H;
+        F* g = gate + m * of_gate;
         put<F>(g, r, w);
         put<F>(g + H, z, w);
         put<F>(g + 2 * H, n, w);
@@ -248,8 +251,15 @@ void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, F* 
       }
     }
   };
-  if (H - i >= kL) visit(kL);
-  else visit(H - i);
+  const int64_t lanes = H - i, whole = least(units, lanes / kL);
+  if (units > 1) {
+    visit.template operator()<true>(0, whole, kL);
+    if (whole < units) visit.template operator()<true>(whole, units, lanes % kL);
+  } else if (whole) {
+    visit.template operator()<false>(0, rows, kL);
+  } else {
+    visit.template operator()<false>(0, rows, lanes);
+  }
 }
 
 // One step of one tile of sequences, for one part of the units.
@@ -258,8 +268,8 @@ void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
   const int64_t t = time(d, s), b = space.bounds[tile];
   const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
   if (rows <= 0) return;
-  products(d, b, rows, part, s, [&](int64_t u, F* c) {
-    make_gates(d, p.offsets[t] + b, rows, u, c, kPanel<F>, b, s);
+  products(d, b, rows, part, s, [&](int64_t u, int64_t units, F* c) {
+    make_gates(d, p.offsets[t] + b, rows, u, units, c, b, s);
   });
 }
 
@@ -274,9 +284,9 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
   const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
   F* raw = space.raw + (d * p.B + b) * ldraw;
   if (phase % 2 == 0) {
-    products(d, b, rows, part, s, [&](int64_t u, const F* c) {
+    products(d, b, rows, part, s, [&](int64_t u, int64_t units, const F* c) {
       for (int64_t m = 0; m < rows; ++m)
-        __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>, size_t(kPanel<F>) * sizeof(F));
+        __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>, size_t(units * kPanel<F>) * sizeof(F));
     });
     return;
   }
@@ -303,7 +313,7 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
         if (p.normed) put<F>(normed(d) + (row + m) * 6 * H + (3 + g) * H + i, v, w);
         store(c + g * kL, v * get<F>(gain(d, 1) + g * H + i, w));
       }
-      make_gates(d, row + m, 1, u, c, kPanel<F>, b + m, s);
+      make_gates(d, row + m, 1, u, 1, c, b + m, s);
     }
   }
 }
@@ -321,7 +331,7 @@ template <class S> void Forward<S>::single_step(int64_t d) const {
       const int64_t i = u * kL, lanes = least(kL, H - i);
       F c[kPanel<F>];
       for (int64_t g = 0; g < 3; ++g) store(c + g * kL, get<F>(raw + m * ldraw + g * H + i, lanes));
-      make_gates(d, m, 1, u, c, kPanel<F>, m, 0);
+      make_gates(d, m, 1, u, 1, c, m, 0);
     }
 }
 

@@ -84,37 +84,52 @@ FASTLM_INLINE void relax() {
 #endif
 }
 
-// f(group, part, phase) for every phase of every group, a phase of a group only after all parts of the
-// one before. A part that nobody has begun is taken over by whoever waits for it, so this ends with any
-// number of threads at work, and one that is late does not hold up the others.
+// A part's counters: the phases of it that were begun, and those that are done. Each has a line of its own, so that a
+// part is begun without asking other cores, and what they look at changes once a phase.
+inline constexpr int kCounters = 2;
+inline constexpr int kPatience = 256, kLongWait = 4096;  // spins: a few microseconds, and many
+
+// f(group, part, phase) for every phase of every group, a phase of a group only after all parts of the one before.
+// A part that nobody has begun is taken over by whoever waits for it, after a while, or at once where it came to that in
+// the phase before: so this ends with any number of threads at work, and one that is late does not hold up the others.
 template <class F>
 inline void lockstep(const Pool& pool, int64_t groups, int64_t parts, int64_t phases,
                      Counter* counters, const F& f) {
-  const int64_t stride = parts + 1;  // counters of a group: parts that are done, phase of each part
-  for (int64_t i = 0; i < groups * stride; ++i) counters[i].n = 0;
+  for (int64_t i = 0; i < groups * parts * kCounters; ++i) counters[i].n = 0;
   parallel(pool, groups * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / parts, own = i % parts;
-      int64_t* done = &counters[group * stride].n;
+      Counter *const begun = counters + group * parts * kCounters, *const done = begun + parts;
+      // The phase of a part, if nobody else has begun it. What it needs was seen in the wait for the phase before.
+      const auto take = [&](int64_t part, int64_t phase) FASTLM_INLINED {
+        int64_t expected = phase;
+        if (__atomic_load_n(&begun[part].n, __ATOMIC_RELAXED) != phase ||
+            !__atomic_compare_exchange_n(&begun[part].n, &expected, phase + 1, false, __ATOMIC_RELAXED,
+                                         __ATOMIC_RELAXED))
+          return false;
+        f(group, part, phase);
+        __atomic_store_n(&done[part].n, phase + 1, __ATOMIC_RELEASE);
+        return true;
+      };
+      int patience = kPatience;
       for (int64_t phase = 0; phase < phases; ++phase) {
         if (parts == 1) {
           f(group, 0, phase);
           continue;
         }
-        for (int64_t j = 0; j < parts; ++j) {
+        take(own, phase);
+        int spins = 0;
+        for (int64_t j = 1; j <= parts; ++j) {
           const int64_t part = (own + j) % parts;
-          int64_t* begun = &counters[group * stride + 1 + part].n;
-          int64_t expected = phase;
-          if (__atomic_load_n(begun, __ATOMIC_RELAXED) != phase ||
-              !__atomic_compare_exchange_n(begun, &expected, phase + 1, false, __ATOMIC_RELAXED,
-                                           __ATOMIC_RELAXED))
-            continue;
-          f(group, part, phase);
-          __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
-        }
-        for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < (phase + 1) * parts; ++spins) {
-          relax();
-          if (spins > 4096) sched_yield();
+          for (; __atomic_load_n(&done[part].n, __ATOMIC_ACQUIRE) <= phase; ++spins) {
+            if (spins == patience) {
+              patience = kPatience;
+              for (int64_t k = 1; k < parts; ++k)
+                if (take((own + k) % parts, phase)) patience = 0;
+            }
+            relax();
+            if (spins > kLongWait) sched_yield();
+          }
         }
       }
     }
@@ -141,7 +156,8 @@ template <class S> struct Factors {
   // A single sequence waits for its weights: in half of the bytes it took 0.55 of the time for H = 1024
   // and 0.75 for 256 (Zen 3). More of them wait for the multiply-adds, which widening would hold up.
   static bool widened(const GruParams& p) { return kWidens && p.B == 1; }
-  static int64_t steps(const GruParams& p, int64_t n) { return ceil_div<int64_t>(n, widened(p) ? 2 : kPair); }
+  static int64_t step(const GruParams& p) { return widened(p) ? 2 : kPair; }  // of a sum: terms at once
+  static int64_t steps(const GruParams& p, int64_t n) { return ceil_div<int64_t>(n, step(p)); }
   // f(weights) to pack them as elements of whichever type they have.
   template <class Fill> static void pack(const GruParams& p, E* weights, const Fill& f) {
     if constexpr (kWidens)
@@ -177,6 +193,9 @@ template <> struct RowOf<WidenedPair> {
   }
 };
 
+inline constexpr int kBeside = 4;          // panels at once for one row
+inline constexpr int64_t kLongRow = 128;  // steps of k
+
 // One row times kPanels panels of kVecs vectors: c[kPanels][kVecs lanes].
 template <class Mul, int kPanels, int kVecs>
 inline __attribute__((noinline)) void row_products(int64_t K, const typename RowOf<Mul>::type* a,
@@ -199,17 +218,16 @@ inline __attribute__((noinline)) void row_products(int64_t K, const typename Row
     for (int v = 0; v < kVecs; ++v) store(c + i * kWidth + v * kL, acc[i][v]);
 }
 
-// a[K] times the columns from vector `first` to `last`, handed to f(vector, vectors, c) panel by panel.
+// a[K] times the columns from vector `first` to `last`, handed to f(vector, vectors, c). Whole panels go several at
+// once, so that their sums overlap, and what f makes of them; of short ones a core begins the next beside f anyway.
 template <class Mul, class Visit>
-FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a,
-                                  const typename Mul::elem* panels, int64_t first, int64_t last,
-                                  const Visit& f) {
+FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a, const typename Mul::elem* panels,
+                                  int64_t first, int64_t last, const Visit& f) {
   using F = typename Mul::acc;
-  F c[kMR * kPanel<F>];
-  // Several whole panels: enough independent sums to hide the latency of the multiply-adds.
-  for (; first_vectors(last - first - (kMR - 1) * kNV) == kNV; first += kMR * kNV) {
-    row_products<Mul, kMR, kNV>(K, a, panels + first * K * kLanes<F>, c);
-    for (int64_t j = 0; j < kMR; ++j) f(first + j * kNV, kNV, c + j * kPanel<F>);
+  F c[kBeside * kPanel<F>];
+  for (; K >= kLongRow && first_vectors(last - first - (kBeside - 1) * kNV) == kNV; first += kBeside * kNV) {
+    row_products<Mul, kBeside, kNV>(K, a, panels + first * K * kLanes<F>, c);
+    f(first, kBeside * kNV, c);
   }
   each_panel(first, last, [&](int64_t v, int64_t n) {
     const typename Mul::elem* panel = panels + v * K * kLanes<F>;
@@ -220,8 +238,8 @@ FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a,
   });
 }
 
-// The same for a[rows][K], c[rows][kPanel]. Before that ahead(vector, vectors, row) is called for each row, here and
-// there among the products: to prefetch what f, or what follows it, is going to read.
+// The same for a[rows][K], c[rows][kPanel], panel by panel. Before that ahead(vector, vectors, row) is called for each
+// row, here and there among the products: to prefetch what f, or what follows it, is going to read.
 template <class Mul, class Visit, class Ahead>
 FASTLM_INLINE void panel_products(int64_t rows, int64_t K, const typename Mul::elem* a, int64_t lda,
                                   const typename Mul::elem* panels, int64_t first, int64_t last,
@@ -252,6 +270,7 @@ FASTLM_INLINE void step_products(const GruParams& p, int64_t rows, int64_t K, co
                                  int64_t lda, const typename Factors<S>::E* panels, int64_t first,
                                  int64_t last, const Visit& f, const Ahead& ahead) {
   using E = typename Factors<S>::E;
+  if (rows == 1) prefetch(K * Factors<S>::step(p), a);  // all lines at once: they come from the cores that wrote them
   if constexpr (Factors<S>::kWidens)
     if (Factors<S>::widened(p))
       return panel_products<WidenedPair>(K, a, reinterpret_cast<const uint32_t*>(panels), first, last, f);
