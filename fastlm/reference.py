@@ -154,7 +154,7 @@ def scaled_dot_product_attention(
     if not return_lse:
         return out
     if safe.size(-1) == 0:
-        return out, safe.new_full(safe.shape[:-1], -math.inf)
+        return out, safe.sum(-1) - math.inf  # differentiable, as with keys
     return out, torch.logsumexp(safe, -1).masked_fill(empty.squeeze(-1), -math.inf)
 
 
