@@ -46,8 +46,8 @@ namespace fastlm::FASTLM_ISA {
 
 inline constexpr int64_t kBlock = 2048;     // classes in the first-level cache at a time
 inline constexpr int64_t kKept = 1 << 20;   // bytes of exponentials to keep at most
-// Exponentials are relative to the maximum of the blocks before, and a block's are taken again where one is greater
-// than exp of this: no sum of 2^20 of those is near a float's largest number.
+// Exponentials are relative to a logit of the blocks before, and a block's are taken again where one is greater than exp
+// of this: no sum of 2^20 of those is near a float's largest number.
 inline constexpr int kHeadroom = 40;
 
 template <class S> struct Row {
@@ -155,8 +155,11 @@ template <class S> struct Row {
       const int64_t n = least(kBlock, p.C - c0);
       Lines lines = before(c0);
       with_block(c0, n, [&](const auto* v) {
-        if (m == T(-kInfinity)) m = block_max(v, n), r = finite_max(m);
-        if (c0 == 0) sums.r = m > T(-kInfinity) && m < T(kInfinity) ? m : T(0);
+        // Before a maximum is known, the first logit will do.
+        if (m == T(-kInfinity)) {
+          r = to_compute(v[0]);
+          if (!(r > T(-kInfinity))) r = finite_max(block_max(v, n));
+        }
         const auto relative = [&] {
           // The memory works on the block after meanwhile: for the second level, where the first is to keep.
           const auto* const next = v + n;
@@ -177,6 +180,7 @@ template <class S> struct Row {
           block = relative();
         }
         m = greatest(m, block.max);
+        if (c0 == 0) sums.r = m > T(-kInfinity) && m < T(kInfinity) ? m : T(0);
         sum += block.sum;
         if (kept) references[c0 / kBlock] = m > T(-kInfinity) ? r : m;
         if (smooth) add_sums(v, weight() ? weight() + c0 : nullptr, n, sums);
@@ -214,8 +218,12 @@ template <class S> struct Row {
     dx[k.y] = from_compute<S>(d);
   }
 
-  // Too large for the caches: written in whole lines, without reading them first.
-  FASTLM_INLINE bool streams() const { return p.N * p.S * p.C * int64_t(sizeof(S)) > (int64_t(8) << 20); }
+  // Too large for the caches: written in whole lines, without reading them first. Of short rows, whose first and last
+  // line are written in two parts each, that takes twice as long.
+  FASTLM_INLINE bool streams() const {
+    const int64_t row = p.C * int64_t(sizeof(S));
+    return row >= 2048 && p.N * p.S * row > (int64_t(8) << 20);
+  }
   static constexpr int64_t kLine = kVectorBytes / int64_t(sizeof(S));  // classes in one such store
   struct Span { int64_t begin, end; };
   FASTLM_INLINE Span whole_lines(const S* to, int64_t n) const {
@@ -326,7 +334,7 @@ template <class S> static void run_rows(const CrossEntropyParams& p) {
     T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, size_t(numbers) * sizeof(T)));
     T* const exponentials = scratch + 2 * kBlock;
     const auto row_at = [&](int64_t i) {
-      const int64_t n = i / p.S, s = i % p.S;
+      const int64_t n = p.S == 1 ? i : i / p.S, s = i - n * p.S;
       S* const dx = static_cast<S*>(p.dinput);
       return Row<S>{p, static_cast<const S*>(p.input) + n * p.input_at.n + s * p.input_at.s,
                     t.probs ? static_cast<const S*>(t.probs) + n * t.probs_at.n + s * t.probs_at.s : nullptr,
