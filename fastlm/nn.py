@@ -14,6 +14,7 @@ from fastlm.functional.gru import check_probability
 __all__ = [
     "CrossEntropyLoss",
     "Embedding",
+    "GELU",
     "GRU",
     "GRUCell",
     "Linear",
@@ -615,6 +616,17 @@ class Embedding(torch.nn.Embedding):
             self.scale_grad_by_freq,
             self.sparse,
         )
+
+
+class GELU(torch.nn.GELU):
+    """torch.nn.GELU on :func:`fastlm.gelu`.
+
+    Constructor, attributes and `repr` are those of torch.nn.GELU, of which this is a subclass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) to the same shape; errors are those of the function."""
+        return functional.gelu(input, approximate=self.approximate)
 
 
 # ---- TorchScript ---------------------------------------------------------------------------

@@ -402,8 +402,8 @@ _converted = {
 def convert(model: torch.nn.Module) -> torch.nn.Module:
     """Make the torch.nn modules inside a model fastlm's, in place.
 
-    Embedding, GRU, GRUCell, Linear, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those of
-    :mod:`fastlm.nn` and stay the same objects: parameters, buffers, hooks, optimizers and shared
+    Embedding, GELU, GRU, GRUCell, Linear, MultiheadAttention, CrossEntropyLoss and LinearCrossEntropyLoss become those
+    of :mod:`fastlm.nn` and stay the same objects: parameters, buffers, hooks, optimizers and shared
     references keep working. Subclasses of torch's modules are left alone, as they may compute
     something else.
 

@@ -154,6 +154,18 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x), F.gelu(x, approximate="tanh"))
 
 
+def test_module_is_torchs(served):
+    x = torch.randn(N)
+    for kind in KINDS:
+        theirs, ours = nn.GELU(kind), fastlm.nn.GELU(kind)
+        assert repr(ours) == repr(theirs) and isinstance(ours, nn.GELU)
+        torch.testing.assert_close(ours(x), theirs(x))
+        converted = fastlm.convert(nn.Sequential(theirs))
+        assert type(converted[0]) is fastlm.nn.GELU and torch.equal(converted(x), ours(x))
+        torch.testing.assert_close(torch.jit.script(ours)(x), ours(x))
+    assert len(served) == 8
+
+
 def test_installed(served):
     x = torch.randn(4, N, requires_grad=True)
     modules = nn.GELU(), nn.GELU("tanh")
