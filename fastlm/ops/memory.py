@@ -7,7 +7,7 @@ from fastlm import ops
 
 new_empty = torch.ops.fastlm.new_empty.default
 
-_LARGE = 1 << 18  # elements, below which the system's memory costs less than a node of autograd
+LARGE = 1 << 18  # elements, below which the system's memory costs less than a node of autograd
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,4 +38,4 @@ def to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fits(x: Tensor) -> bool:
-    return x.numel() >= _LARGE and (x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()))
+    return x.numel() >= LARGE and (x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous()))

@@ -31,7 +31,7 @@ from fastlm import (
     _C,  # noqa: F401 - has the operator
     tuned,
 )
-from fastlm.ops.memory import cast, new_empty
+from fastlm.ops.memory import LARGE, cast, new_empty
 
 FORWARD, INPUT, WEIGHT = "forward", "input gradient", "weight gradient"
 WAYS = ("torch", "onednn", "float32")  # of the libraries
@@ -53,7 +53,8 @@ if forced not in (None, *WAYS):
 
 # (a (m, k), b (k, n), bias (n) or None, dtype) -> (m, n); the result has the dtype, and the operands are
 # rounded to it first, but for float32's. Without autograd: torch's and float32's products are written to memory of
-# ours, which is kept for the next result (csrc/kept_memory.h), oneDNN's where they are large.
+# ours, which is kept for the next result (csrc/kept_memory.h), oneDNN's where they
+# are large, or `kept`.
 
 # Rows of a result from which on oneDNN loses a quarter of its rate in 16 bits unless they are whole tiles: those of the
 # gradient of a head's weight, as for the 50257 tokens of GPT-2.
@@ -79,7 +80,12 @@ _MAPPED, _PART = 1 << 25, 1 << 24
 
 
 def _by_onednn(
-    a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: tuple[str, str] = ("none", "")
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: tuple[str, str] = ("none", ""),
+    kept: bool = False,
 ) -> Tensor:
     a, b, bias = a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype)
     if not b.is_contiguous() and not b.t().is_contiguous():
@@ -89,7 +95,7 @@ def _by_onednn(
         return _onednn(a, b.t(), bias, activation[0], [], activation[1])
 
     (m, n), element = (a.size(0), b.size(1)), dtype.itemsize
-    if m * n * element < _MAPPED:
+    if not kept and m * n * element < _MAPPED:
         return product(a, b, bias)
     out = new_empty(a, (m, n), dtype)
     step = max(_TILE, _PART // min(m, n) // element // _TILE * _TILE)
@@ -152,7 +158,10 @@ def weight_gradient(
     """Rounded to the product's dtype, but by float32, then in the weight's dtype, `result`, and in its layout: one
     of another is copied when it is accumulated. Its memory is that of the gradient before."""
     a, b = (dy.t(), x) if by_rows else (x.t(), dy)
-    product = cast(PRODUCTS[way](a, b, None, result if way == "float32" else dtype), result)
+    dtype = result if way == "float32" else dtype
+    # oneDNN's own memory would be new at each step: a gradient is held until the next.
+    copied = way == "onednn" and dtype is result and a.size(0) * b.size(1) >= LARGE
+    product = cast(PRODUCTS[way](a, b, None, dtype, **({"kept": True} if copied else {})), result)
     return product if by_rows else product.t()
 
 
