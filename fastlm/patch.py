@@ -309,15 +309,8 @@ def _activate() -> None:
     global _active
     if _active:
         return
-    for name in (
-        "scaled_dot_product_attention",
-        "cross_entropy",
-        "linear_cross_entropy",
-        "linear",
-        "embedding",
-        "gelu",
-    ):
-        if name in _originals:
+    for name in _originals:
+        if name in vars(F):
             _put(F, name)
     for name in ("gru", "gru_cell"):
         _put(torch._VF, name)
@@ -357,10 +350,10 @@ def install() -> None:
     """Run every program in this process on fastlm, until :func:`uninstall`.
 
     Calls of F.scaled_dot_product_attention, F.cross_entropy, F.linear_cross_entropy, F.linear, F.embedding,
-    F.gelu, varlen_attn, nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as after; what no
-    kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so does a GPU,
-    where it depends on the operator what is faster. A second call changes nothing. Threads see the change
-    at once.
+    F.gelu, varlen_attn, nn.GRU and nn.GRUCell on CPU tensors run on fastlm, from modules made before as well as
+    after; what no kernel serves (dtype, tensor subclass, functorch transform) keeps torch's function, and so
+    does a GPU, where it depends on the operator what is faster. A second call changes nothing. Threads see the
+    change at once.
     """
     global _by_install
     with _lock:

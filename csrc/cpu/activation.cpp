@@ -24,8 +24,7 @@ Tensor gelu(const Tensor& input, bool tanh) { return run("gelu", kernels().activ
 Tensor gelu_backward(const Tensor& dout, const Tensor& input, bool tanh) {
   const char* op = "gelu_backward";
   check_same_dtype(dout, input, op, "dout");
-  const Ints size = dout.sizes(), want = input.sizes();
-  STD_TORCH_CHECK(size == want, "fastlm::", op, ": dout has shape ", shape_string(dout), ", expected ",
+  STD_TORCH_CHECK(dout.sizes() == input.sizes(), "fastlm::", op, ": dout has shape ", shape_string(dout), ", expected ",
                   shape_string(input));
   return run(op, kernels().activation.gelu_backward[tanh], input, &dout);
 }

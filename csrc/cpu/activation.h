@@ -26,7 +26,7 @@ struct ActivationKernels {
 }  // namespace fastlm
 
 #ifdef FASTLM_ISA
-#include "simd.h"
+#include "rows.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -75,17 +75,12 @@ template <class S, bool kTanh, bool kBackward> void gelu(const GeluParams& p) {
   const S* const input = static_cast<const S*>(p.input);
   const S* const dout = static_cast<const S*>(p.dout);
   S* const result = static_cast<S*>(p.result);
-  const auto one = [](Vec<float> x, Vec<float> dy) FASTLM_INLINED {
-    const GeluParts g = gelu_parts<kTanh, kRough>(x);
-    return kBackward ? dy * fma(x, g.ds, g.s) : x * g.s;
-  };
   parallel(p.pool, p.n, 1 << 12, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + kLanes<float> <= end; i += kLanes<float>)
-      store(result + i, one(load<float>(input + i), kBackward ? load<float>(dout + i) : Vec<float>{}));
-    if (const int64_t rest = end - i)
-      store(result + i, one(load<float>(input + i, rest), kBackward ? load<float>(dout + i, rest) : Vec<float>{}),
-            rest);
+    each_vector<float>(begin, end, [&](int64_t i, int64_t w) FASTLM_INLINED {
+      const Vec<float> x = get<float>(input + i, w);
+      const GeluParts g = gelu_parts<kTanh, kRough>(x);
+      put<float>(result + i, kBackward ? get<float>(dout + i, w) * fma(x, g.ds, g.s) : x * g.s, w);
+    });
   });
 }
 

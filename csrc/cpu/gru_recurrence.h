@@ -7,7 +7,7 @@
 #pragma once
 #include <sched.h>
 
-#include "gemm.h"
+#include "rows.h"
 
 namespace fastlm::FASTLM_ISA::gru {
 
@@ -282,24 +282,6 @@ FASTLM_INLINE void step_products(const GruParams& p, int64_t rows, int64_t K, co
 template <class F, class S> inline void widen(int64_t n, const S* src, F* dst) {
   if (src) convert_row(n, src, 1, dst);
   else __builtin_memset(dst, 0, size_t(n) * sizeof(F));
-}
-
-// Loads and stores of a vector of which the first w lanes are in use. In loops over whole vectors w is
-// the constant kLanes, and the choice falls away.
-template <class F, class S> FASTLM_INLINE Vec<F> get(const S* p, int64_t w) {
-  return w == kLanes<F> ? load<F>(p) : load<F>(p, w);
-}
-template <class F, class S> FASTLM_INLINE void put(S* p, Vec<F> v, int64_t w) {
-  if (w == kLanes<F>) store(p, v);
-  else store(p, v, w);
-}
-
-// Vectors of a row between two offsets: f(offset, lanes in use).
-template <class F, class Visit>
-FASTLM_INLINE void each_vector(int64_t begin, int64_t end, const Visit& f) {
-  int64_t i = begin;
-  for (; i + kLanes<F> <= end; i += kLanes<F>) f(i, int64_t(kLanes<F>));
-  if (i < end) f(i, end - i);
 }
 
 inline void sequence_lengths(const GruParams& p, int64_t* lengths) {

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.ops.embedding import Embedding
+from fastlm.ops.memory import LARGE
 
 original = F.embedding  # whatever is installed over that name
 
-_LARGE_WEIGHT = 1 << 18  # elements
 _INDICES = (torch.int64, torch.int32)
 
 
@@ -59,7 +59,7 @@ def embedding(
         or not ops.requires_grad(weight)
         or input.dtype not in _INDICES
         or weight.dim() != 2
-        or weight.numel() < _LARGE_WEIGHT
+        or weight.numel() < LARGE
     ):
         return original(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:

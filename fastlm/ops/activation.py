@@ -10,15 +10,13 @@ reached its kernel.
 import torch
 from torch import Tensor
 
-from fastlm import (
-    _C,  # noqa: F401 - has the operators
-    ops,
-)
+from fastlm import ops
 
 original = torch._C._nn.gelu  # F.gelu, whatever is installed over that name
 
 _SMALL = 1 << 14  # elements
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_is_compiling, _below_autograd = torch.compiler.is_compiling, torch._C._AutoDispatchBelowAutograd
 _forward, _backward = torch.ops.fastlm.gelu.default, torch.ops.fastlm.gelu_backward.default
 
 
@@ -37,7 +35,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx, input, tanh):
         ctx.save_for_backward(input)
         ctx.tanh = tanh
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below_autograd():
             return _forward(input, tanh)
 
     @staticmethod
@@ -48,19 +46,24 @@ class _Gelu(torch.autograd.Function):
         return _backward(dy, input, ctx.tanh), None
 
 
+_gelu = ops.eager_call(_Gelu)
+
+
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """With autograd."""
+    """With autograd. Cheap questions come first: a small call is asked little."""
+    if _is_compiling() or type(input) not in ops.PLAIN or input.dtype not in _DTYPES:
+        return original(input, approximate=approximate)
+    elements = input.numel()
     if (
-        torch.compiler.is_compiling()
-        or not ops.are_plain((input,))
-        or input.dtype not in _DTYPES
-        or input.numel() < _SMALL
-        or not input.is_contiguous()
+        type(elements) is not int  # while torch.jit traces
+        or elements < _SMALL
         or approximate not in ("none", "tanh")
+        or not ops.are_plain((input,))
+        or not input.is_contiguous()
     ):
         return original(input, approximate=approximate)
     tanh = approximate == "tanh"
     if ops.requires_grad(input):
-        return _Gelu.apply(input, tanh)
-    with torch._C._AutoDispatchBelowAutograd():
+        return _gelu(input, tanh)
+    with _below_autograd():
         return _forward(input, tanh)

@@ -30,7 +30,7 @@ _is_compiling = torch.compiler.is_compiling
 # dtypes have none.
 _SMALL = {torch.float32: 1 << 30, torch.bfloat16: 1 << 22, torch.float16: 1 << 22}
 _SMALL_WEIGHT = 1 << 17  # elements of weight alone, for a few tokens: reading them takes the time
-_MANY_TOKENS, _LARGE_WEIGHT = 8, 1 << 18  # bits of their number, elements
+_MANY_TOKENS = 8  # bits of their number
 _TYPES = (Tensor, Parameter)
 _STRIP = 64  # columns that a thread sums, at least
 _ALL_TORCH = ("torch", "torch", "torch")
@@ -80,7 +80,7 @@ def _keeps(key: tuple) -> bool:
     """Whether the weight's gradient is worth having in kept memory, where all products are torch's. Autocast would
     have rounded the weight but once for several calls, which for many tokens is little."""
     kind, _, needs_weight = key
-    return needs_weight and kind[0] > _MANY_TOKENS and kind[1] * kind[2] >= _LARGE_WEIGHT
+    return needs_weight and kind[0] > _MANY_TOKENS and kind[1] * kind[2] >= memory.LARGE
 
 
 def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, autocast: bool) -> bool:

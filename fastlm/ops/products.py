@@ -97,11 +97,15 @@ def _by_onednn(
     (m, n), element = (a.size(0), b.size(1)), dtype.itemsize
     if not kept and m * n * element < _MAPPED:
         return product(a, b, bias)
-    out = new_empty(a, (m, n), dtype)
     step = max(_TILE, _PART // min(m, n) // element // _TILE * _TILE)
-    for i in range(0, max(m, n), step):
+    return _in_parts(product, step, new_empty(a, (m, n), dtype), a, b, bias)
+
+
+def _in_parts(product: Callable, step: int, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """`out`, of which so many rows or columns, whichever there are more of, are product(a, b, bias) at a time."""
+    for i in range(0, max(out.shape), step):
         part = slice(i, i + step)
-        if m > n:
+        if out.size(0) > out.size(1):
             out[part] = product(a[part], b, bias)
         else:
             out[:, part] = product(a, b[:, part], None if bias is None else bias[part])
@@ -117,22 +121,14 @@ def _by_float32(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     if largest <= _BLOCK:
         return _by_torch(a, b, bias, torch.float32).to(dtype)
     step = max(1, longest * _BLOCK // largest)
-    parts = [slice(i, i + step) for i in range(0, longest, step)]
     if longest == k:
         total = a.new_zeros(m, n, dtype=torch.float32) if bias is None else bias.float().repeat(m, 1)
-        for part in parts:
-            total.addmm_(a[:, part].float(), b[part].float())
+        for i in range(0, k, step):
+            total.addmm_(a[:, i : i + step].float(), b[i : i + step].float())
         return total.to(dtype)
-    out = a.new_empty(m, n, dtype=dtype)
-    if longest == m:
-        b = b.float()
-        for part in parts:
-            out[part] = _by_torch(a[part], b, bias, torch.float32)
-    else:
-        a = a.float()
-        for part in parts:
-            out[:, part] = _by_torch(a, b[:, part], None if bias is None else bias[part], torch.float32)
-    return out
+    a, b = (a, b.float()) if m > n else (a.float(), b)
+    product = functools.partial(_by_torch, dtype=torch.float32)
+    return _in_parts(product, step, a.new_empty(m, n, dtype=dtype), a, b, bias)
 
 
 def _by_fastlm(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
