@@ -17,6 +17,9 @@ from fastlm.ops.cross_entropy import compute_dtype
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_OFF = 0.0  # the default of options, known by its identity
+_int64 = torch.int64
+_torchs = torch._C._nn.cross_entropy_loss
 
 
 def _check_loss_options(
@@ -39,6 +42,16 @@ def _check_loss_options(
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap is {softcap}, expected a finite value >= 0 (0: none)")
     return code
+
+
+def _are_torchs(z_loss: float, softcap: float, label_smoothing: float) -> bool:
+    """Whether PyTorch has what these options ask for."""
+    return (
+        type(z_loss) is type(softcap) is float
+        and z_loss == softcap == 0.0
+        and type(label_smoothing) in (float, int)
+        and label_smoothing >= 0  # else PyTorch takes it for none
+    )
 
 
 def _check_tensors(name: str, **tensors) -> None:
@@ -131,10 +144,10 @@ def cross_entropy(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    label_smoothing: float = _OFF,
     *,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
+    z_loss: float = _OFF,
+    softcap: float = _OFF,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax cross-entropy between logits and targets, as :func:`torch.nn.functional.cross_entropy`.
@@ -195,18 +208,15 @@ def cross_entropy(
         )  # fmt: skip
     if (
         size_average is reduce is None
-        and type(z_loss) is type(softcap) is float
-        and z_loss == softcap == 0.0
-        and type(label_smoothing) in (float, int)
-        and label_smoothing >= 0  # else PyTorch takes it for none
+        and (z_loss is softcap is label_smoothing is _OFF or _are_torchs(z_loss, softcap, label_smoothing))
         and return_lse is False
         and is_tiny("cross_entropy", input)
         and isinstance(target, Tensor)
-        and target.dtype is torch.int64
+        and target.dtype is _int64
         and (input.ndim > 1 or target.ndim == 0)  # of (C) and (1) PyTorch has no gradient
     ):
         try:
-            return torch._C._nn.cross_entropy_loss(
+            return _torchs(
                 input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
             )
         except (LookupError, RuntimeError, TypeError, ValueError):
