@@ -290,13 +290,13 @@ class GRU(torch.nn.RNNBase):
         D = 2 if self.bidirectional else 1
         return torch.zeros(self.num_layers * D, batch, self.hidden_size, dtype=data.dtype, device=data.device)
 
-    def _run(self, *data_and_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
+    def _run(self, data_and_states: tuple[Tensor, ...], *batch_first: bool) -> tuple[Tensor, Tensor]:
         # Looked up by name: right under functional_call, parametrizations and torch.compile.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         gains = [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
         return functional.gru(
             *data_and_states, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, **kwargs, zoneout=self.zoneout,
+            self.bidirectional, *batch_first, zoneout=self.zoneout,
             recurrent_dropout=self.recurrent_dropout, layer_norm=gains,
         )  # fmt: skip
 
@@ -317,7 +317,7 @@ class GRU(torch.nn.RNNBase):
         if hx is None:
             hx = self._start(input, input.shape[batch_dim])
         self.check_forward_args(input, hx, None)
-        output, hn = self._run(input, hx, batch_first=self.batch_first)
+        output, hn = self._run((input, hx), self.batch_first)
         if not batched:
             output, hn = output.squeeze(batch_dim), hn.squeeze(1)
         return output, hn
@@ -331,7 +331,7 @@ class GRU(torch.nn.RNNBase):
         else:
             hx = self.permute_hidden(hx, sorted_indices)
         self.check_forward_args(data, hx, batch_sizes)
-        output, hn = self._run(data, batch_sizes, hx)
+        output, hn = self._run((data, batch_sizes, hx))
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return output, self.permute_hidden(hn, unsorted_indices)
 

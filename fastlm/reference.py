@@ -327,10 +327,10 @@ def gru_stack(
             size = (math.prod(input.shape[:-1]), D * hx.shape[-1])
             update = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1 - zoneout)
             kept = 0.0
+        states = hx if num_layers == 1 else hx[index * D : (index + 1) * D]
         input, hn = layer(
-            input, batch_sizes, hx[index * D : (index + 1) * D], weights, has_biases,
-            layer_norm is not None, update, kept,
-        )  # fmt: skip
+            input, batch_sizes, states, weights, has_biases, layer_norm is not None, update, kept
+        )
         finals.append(hn)
         if dropout > 0 and train and index + 1 < num_layers:
             input = F.dropout(input, dropout)

@@ -136,27 +136,33 @@ inline void matmul(int64_t M, int64_t N, int64_t K, const typename Mul::elem* a,
 
 // ---- packing ----
 
-// dst[j * ldd + i] = src[i * lds + j] for a 4x4 block of 32-bit elements.
-FASTLM_INLINE void transpose_quad(const void* src, int64_t lds, void* dst, int64_t ldd) {
-  Quad r[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], static_cast<const char*>(src) + 4 * i * lds, 16);
-  transpose_quad(r);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_memcpy(static_cast<char*>(dst) + 4 * i * ldd, &r[i], 16);
+// dst[j * ldd + i] = src[i * lds + j] for kSide rows and columns of 4 bytes.
+template <int kSide, class E> FASTLM_INLINE void transpose_square(const E* src, int64_t lds, E* dst, int64_t ldd) {
+  typename VectorOf<uint32_t, 4 * kSide>::type r[kSide];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) __builtin_memcpy(&r[i], src + i * lds, 4 * kSide);
+  transpose_square<kSide>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) __builtin_memcpy(dst + i * ldd, &r[i], 4 * kSide);
 }
 
-// dst[c * ldd + r] = src[r * lds + c], R rows of C columns, equal element types.
+// dst[c * ldd + r] = src[r * lds + c], R rows of C columns.
 template <class E>
 inline void transpose(int64_t R, int64_t C, const E* src, int64_t lds, E* dst, int64_t ldd) {
   int64_t r = 0;
   if constexpr (sizeof(E) == 4) {
-    for (; r + 4 <= R; r += 4) {
-      int64_t c = 0;
-      for (; c + 4 <= C; c += 4) transpose_quad(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+    const auto four_rows = [&](int64_t r, int64_t c) FASTLM_INLINED {  // from column c on
+      for (; c + 4 <= C; c += 4) transpose_square<4>(src + r * lds + c, lds, dst + c * ldd + r, ldd);
       for (; c < C; ++c)
         for (int i = 0; i < 4; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+    };
+    constexpr int64_t kL = kLanes<E>;
+    for (; r + kL <= R; r += kL) {
+      int64_t c = 0;
+      for (; c + kL <= C; c += kL) transpose_square<kL>(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+      for (int64_t i = 0; i < kL && c < C; i += 4) four_rows(r + i, c);
     }
+    for (; r + 4 <= R; r += 4) four_rows(r, 0);
   }
   for (; r < R; ++r)
     for (int64_t c = 0; c < C; ++c) dst[c * ldd + r] = src[r * lds + c];
@@ -244,19 +250,30 @@ inline void pack_row_panels(int64_t M, int64_t K, const S* src, int64_t ak, E* d
     }
 }
 
+// n rows of K steps, lds apart, as columns: dst[step][ldd]. `rows` holds a vector's worth of rows of K steps, for what
+// can't be read as it lies.
+template <class E, class S>
+inline void pack_columns(int64_t n, int64_t K, const S* src, int64_t lds, E* dst, int64_t ldd, E* rows) {
+  constexpr int64_t kPair = Pack<E>::kPair, kL = kLanes<E>;
+  const int64_t words = ceil_div(K, kPair);
+  if (sizeof(S) * kPair == sizeof(E) && K % kPair == 0 && lds % kPair == 0)
+    return transpose(n, words, reinterpret_cast<const E*>(src), lds / kPair, dst, ldd);
+  for (int64_t i = 0; i < n; i += kL) {
+    const int64_t some = least(kL, n - i);
+    for (int64_t j = 0; j < some; ++j) Pack<E>::along(K, src + (i + j) * lds, 1, rows + j * words);
+    transpose(some, words, rows, words, dst + i, ldd);
+  }
+}
+
 // A block of B, K steps by n <= ldd columns, as one panel [steps][ldd], zeros in the columns behind n.
-// `rows` holds n rows of K steps.
+// `rows` as above.
 template <class E, class S>
 inline void pack_panel(int64_t K, int64_t n, const S* src, int64_t bk, int64_t bn, E* panel, int64_t ldd,
                        E* rows) {
   constexpr int64_t kPair = Pack<E>::kPair;
   const int64_t words = ceil_div(K, kPair);
   if (n < ldd) __builtin_memset(panel, 0, size_t(words * ldd) * sizeof(E));
-  if (bk == 1 && bn != 1) {
-    for (int64_t i = 0; i < n; ++i) Pack<E>::along(K, src + i * bn, 1, rows + i * words);
-    transpose(n, words, rows, words, panel, ldd);
-    return;
-  }
+  if (bk == 1 && bn != 1) return pack_columns(n, K, src, bn, panel, ldd, rows);
   for (int64_t w = 0; w < words; ++w) {
     const int64_t k = w * kPair;
     if (bn == 1)
@@ -307,10 +324,10 @@ inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t 
   using Block = Blocking<SA, SB, SC>;
   using Mul = typename Block::Mul;
   using E = typename Mul::elem;
-  constexpr int64_t kL = kLanes<T>, kNR = Block::kNR, kKC = Block::kKC, kNC = Block::kNC, kWords = Block::kWords;
+  constexpr int64_t kL = kLanes<T>, kKC = Block::kKC, kNC = Block::kNC, kWords = Block::kWords;
   T* const acc = static_cast<T*>(thread_scratch(kScratchTile, Block::kMC * kNC * sizeof(T)));
   E* const packed_b = static_cast<E*>(
-      thread_scratch(kScratchPack, (kWords * kNC + Block::kMC * kWords + kNR * kWords) * sizeof(E)));
+      thread_scratch(kScratchPack, (kWords * kNC + Block::kMC * kWords + kL * kWords) * sizeof(E)));
   E* const packed_a = packed_b + kWords * kNC;
   E* const rows = packed_a + Block::kMC * kWords;
   const int64_t vectors = ceil_div<int64_t>(N, kL);

@@ -66,8 +66,7 @@ template <class S, class E> void pack_gates(const Pool& pool, int64_t H, const S
       if (n < kL) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
       for (int64_t g = 0; g < 3; ++g) {
         const S* src = w + (g * H + u * kL) * H;
-        for (int64_t i = 0; i < n; ++i) Pack<E>::along(H, src + i * H, 1, rows + i * K);
-        transpose(n, K, rows, K, panel + g * kL, kPanel<E>);
+        pack_columns(n, H, src, H, panel + g * kL, kPanel<E>, rows);
       }
     }
   });

@@ -211,16 +211,17 @@ template <class S> struct LinearCrossEntropy {
       const int64_t block = item / panels, panel = item % panels;
       const int64_t w = panel_width(panel), n0 = first_token(block) + panel * kNR;
       const int64_t n = greatest<int64_t>(0, least(w, tokens(block) - panel * kNR));
-      E* const row = static_cast<E*>(thread_scratch(kScratchPack, size_t(round_up(p.D, kNR)) * sizeof(E)));
+      const int64_t columns = round_up(p.D, kNR);
+      E* const row = static_cast<E*>(
+          thread_scratch(kScratchPack, size_t(greatest(columns, kL * depth())) * sizeof(E)));
       E* const xt = xt_panel(block, panel);
       if (n < w) __builtin_memset(xt, 0, size_t(depth() * w) * sizeof(E));
-      for (int64_t i = 0; i < n; ++i) {
-        const S* const x = static_cast<const S*>(p.input) + (n0 + i) * p.D;
-        Pack<E>::along(p.D, x, 1, row);
-        for (int64_t k = 0; k < depth(); ++k) xt[k * w + i] = row[k];
-        if (!p.dlinear_weight || i % kPair != 0) continue;
-        if constexpr (kPair > 1) Pack<E>::across(p.D, x, 1, i + 1 < n ? x + p.D : nullptr, row);
-        for (int64_t d = p.D; d < round_up(p.D, kNR); ++d) row[d] = 0;
+      const S* x = static_cast<const S*>(p.input) + n0 * p.D;
+      pack_columns(n, p.D, x, p.D, xt, w, row);
+      if (!p.dlinear_weight) return;
+      for (int64_t d = p.D; d < columns; ++d) row[d] = 0;
+      for (int64_t i = 0; i < n; i += kPair, x += kPair * p.D) {
+        Pack<E>::across(p.D, x, 1, i + 1 < n ? x + p.D : nullptr, row);
         for (int64_t d = 0; d < p.D; d += kNR)
           __builtin_memcpy(x_panel(block, d / kNR) + (panel * kNR + i) / kPair * kNR, row + d, kNR * sizeof(E));
       }

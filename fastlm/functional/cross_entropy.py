@@ -19,7 +19,6 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _OFF = 0.0  # the default of options, known by its identity
 _int64 = torch.int64
-_torchs = torch._C._nn.cross_entropy_loss
 
 
 def _check_loss_options(
@@ -216,7 +215,7 @@ def cross_entropy(
         and (input.ndim > 1 or target.ndim == 0)  # of (C) and (1) PyTorch has no gradient
     ):
         try:
-            return _torchs(
+            return torch._C._nn.cross_entropy_loss(
                 input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
             )
         except (LookupError, RuntimeError, TypeError, ValueError):

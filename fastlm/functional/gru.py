@@ -1,5 +1,6 @@
 """GRU: the public functions. Arguments as PyTorch's, checked here, before any work."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import overload
 
@@ -25,6 +26,7 @@ _GRU = (
     "batch_first",
 )  # fmt: skip
 _GRU_PACKED = ("data", "batch_sizes", *_GRU[1:-1])
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def gru_arguments(args: tuple, kwargs: dict) -> dict:
@@ -45,36 +47,42 @@ def gru_arguments(args: tuple, kwargs: dict) -> dict:
 
 
 def check_probability(function: str, name: str, p: float) -> float:
+    if type(p) is float and 0.0 <= p <= 1.0:
+        return p
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ValueError(f"fastlm.{function}: {name} is {p!r}, expected a probability in [0, 1]")
     return float(p)
 
 
-def _check_gru_tensors(function: str, tensors: list[tuple[str, Tensor]], like: Tensor, casting: bool) -> None:
-    for name, x in tensors:
+def _check_gru_tensors(
+    function: str, tensors: Sequence[Tensor], name: Callable[[int], str], casting: bool
+) -> None:
+    """All are what the first one, the input, is. name(i) is the i-th tensor's."""
+    for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
-            raise TypeError(f"fastlm.{function}: {name} is {type(x).__name__}, expected a Tensor")
-        if x.layout != torch.strided or x.is_nested:
-            raise RuntimeError(f"fastlm.{function}: {name} has layout {x.layout}, expected torch.strided")
-        if x.dtype not in KERNEL_DTYPES:
-            raise RuntimeError(f"fastlm.{function}: {name} is {x.dtype}, expected a floating dtype")
-        if x.dtype != like.dtype and not casting:
+            raise TypeError(f"fastlm.{function}: {name(i)} is {type(x).__name__}, expected a Tensor")
+        if i == 0:
+            dtype, device = x.dtype, x.device
+        if x.layout is not torch.strided or x.is_nested:
+            raise RuntimeError(f"fastlm.{function}: {name(i)} has layout {x.layout}, expected torch.strided")
+        if (i == 0 or x.dtype is not dtype) and x.dtype not in KERNEL_DTYPES:
+            raise RuntimeError(f"fastlm.{function}: {name(i)} is {x.dtype}, expected a floating dtype")
+        if x.dtype is not dtype and not casting:
+            raise RuntimeError(f"fastlm.{function}: {name(i)} is {x.dtype}, expected {dtype} as the input is")
+        if x.device != device:
             raise RuntimeError(
-                f"fastlm.{function}: {name} is {x.dtype}, expected {like.dtype} as the input is"
-            )
-        if x.device != like.device:
-            raise RuntimeError(
-                f"fastlm.{function}: {name} is on {x.device}, expected {like.device} as the input is"
+                f"fastlm.{function}: {name(i)} is on {x.device}, expected {device} as the input is"
             )
 
 
-def _check_gru_weights(function: str, weights: list[tuple[str, Tensor]], I: int, H: int) -> None:
-    shapes = {"w_ih": (3 * H, I), "w_hh": (3 * H, H)}
-    for name, w in weights:
-        shape = shapes.get(name.split("[")[0], (3 * H,))
-        if w.shape != shape:
+def _check_gru_shapes(
+    function: str, tensors: Sequence[Tensor], name: Callable[[int], str], shapes: list, I: int, H: int
+) -> None:
+    """Of what follows input and hx."""
+    for i, shape in enumerate(shapes, 2):
+        if tensors[i].shape != shape:
             raise RuntimeError(
-                f"fastlm.{function}: {name} has shape {tuple(w.shape)}, expected {shape} "
+                f"fastlm.{function}: {name(i)} has shape {tuple(tensors[i].shape)}, expected {shape} "
                 f"(input size {I}, hidden size {H})"
             )
 
@@ -110,13 +118,12 @@ def _check_batch_sizes(batch_sizes: Tensor, data: Tensor, B: int) -> None:
         raise RuntimeError(f"fastlm.gru: hx has batch size {B}, expected {sizes[0]} (batch_sizes[0])")
 
 
-def _run_gru(function, stack, tensors, arguments):
-    """Calls stack(layer, *arguments) with tensors cast as autocast wants it. As in torch.nn.GRU: a GPU's
+def _run_gru(function, stack, tensors, dtype, arguments):
+    """Calls stack(layer, *arguments) with tensors cast to dtype, if autocast wants one. As in torch.nn.GRU: a GPU's
     autocast casts the states too, on a CPU they keep the dtype that promotion gives them."""
     input, hx = tensors
     backend = choose_backend(function, input)
     layer = reference.gru_layer if backend == "eager" else partial(ops_gru.gru_layer, backend)
-    dtype = _autocast(input)
     if dtype is None:
         return stack(layer, *arguments)
     result = torch.promote_types(hx.dtype, dtype) if input.device.type == "cpu" else dtype
@@ -191,28 +198,38 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         ValueError: a probability outside [0, 1].
         RuntimeError: shapes, dtypes or devices that do not fit; no time step; bad batch sizes.
     """
-    a = gru_arguments(args, kwargs)
-    batch_sizes = a.get("batch_sizes")
-    packed = "batch_sizes" in a
-    input, hx, params = a["data" if packed else "input"], a["hx"], a["params"]
-    for name, given in (("params", params), ("layer_norm", layer_norm)):
-        if not isinstance(given, (list, tuple)) and (given is not None or name == "params"):
-            raise TypeError(f"fastlm.gru: {name} is {type(given).__name__}, expected a list of Tensors")
-    gains = list(layer_norm) if layer_norm is not None else []
+    given = args
+    packed = len(args) == len(_GRU) and isinstance(args[2], Tensor)
+    if kwargs or len(args) != len(_GRU):
+        by_name = gru_arguments(args, kwargs)
+        packed = "batch_sizes" in by_name
+        given = [by_name[name] for name in (_GRU_PACKED if packed else _GRU)]
+    if packed:
+        input, batch_sizes, hx, params, has_biases, layers, dropout, train, bidirectional = given
+        batch_first = False
+    else:
+        input, hx, params, has_biases, layers, dropout, train, bidirectional, batch_first = given
+        batch_sizes = None
+    if not isinstance(params, (list, tuple)):
+        raise TypeError(f"fastlm.gru: params is {type(params).__name__}, expected a list of Tensors")
+    if layer_norm is not None and not isinstance(layer_norm, (list, tuple)):
+        raise TypeError(f"fastlm.gru: layer_norm is {type(layer_norm).__name__}, expected a list of Tensors")
+    gains = layer_norm or ()
     everything = (input, hx, *params, *gains)
     if has_torch_function(everything):
         options = dict(zoneout=zoneout, recurrent_dropout=recurrent_dropout, layer_norm=layer_norm)
         return handle_torch_function(gru, everything, *args, **options, **kwargs)
 
-    for name in ("has_biases", "train", "bidirectional", *(() if packed else ("batch_first",))):
-        check_flag("fastlm.gru", name, a[name])
-    check_integer("fastlm.gru", "num_layers", a["num_layers"])
-    has_biases, bidirectional = bool(a["has_biases"]), bool(a["bidirectional"])
-    layers, D = a["num_layers"], 2 if bidirectional else 1
-    dropout = check_probability("gru", "dropout", a["dropout"])
+    if not type(has_biases) is type(train) is type(bidirectional) is type(batch_first) is bool:
+        flags = dict(has_biases=has_biases, train=train, bidirectional=bidirectional, batch_first=batch_first)
+        for name, flag in flags.items():
+            check_flag("fastlm.gru", name, flag)
+    check_integer("fastlm.gru", "num_layers", layers)
+    D = 2 if bidirectional else 1
+    dropout = check_probability("gru", "dropout", dropout)
     zoneout = check_probability("gru", "zoneout", zoneout)
     recurrent_dropout = check_probability("gru", "recurrent_dropout", recurrent_dropout)
-    names = ("w_ih", "w_hh", "b_ih", "b_hh")[: 4 if has_biases else 2]
+    names = _WEIGHTS[: 4 if has_biases else 2]
     if layers < 1 or len(params) != layers * D * len(names):
         raise RuntimeError(
             f"fastlm.gru: {len(params)} weights, expected {len(names)} for each of "
@@ -220,22 +237,21 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         )
     if layer_norm is not None and len(gains) != 2 * layers * D:
         raise RuntimeError(f"fastlm.gru: {len(gains)} layer_norm gains, expected {2 * layers * D}")
-    if not isinstance(input, Tensor):
-        raise TypeError(f"fastlm.gru: input is {type(input).__name__}, expected a Tensor")
-    weights = [
-        (f"{name}[{i}]", params[i * len(names) + j])
-        for i in range(layers * D)
-        for j, name in enumerate(names)
-    ]
-    weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
-    _check_gru_tensors("gru", [("input", input), ("hx", hx), *weights], input, _autocast(input) is not None)
+
+    def name_of(i):
+        if i < 2:
+            return ("input", "hx")[i]
+        place, kind = divmod(i - 2, len(names))
+        return f"{names[kind]}[{place}]" if place < layers * D else f"layer_norm[{i - 2 - len(params)}]"
+
+    dtype = _autocast(input) if isinstance(input, Tensor) else None
+    _check_gru_tensors("gru", everything, name_of, dtype is not None)
 
     if input.dim() != (2 if packed else 3):
         raise RuntimeError(
             f"fastlm.gru: {'data' if packed else 'input'} has shape {tuple(input.shape)}, expected "
             f"{'(N, I)' if packed else '3 dimensions'}"
         )
-    batch_first = not packed and a["batch_first"]
     if batch_first:
         input = input.transpose(0, 1)
     if hx.dim() != 3 or hx.shape[0] != layers * D or hx.shape[2] < 1:
@@ -257,21 +273,23 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
             raise RuntimeError(
                 f"fastlm.gru: hx has batch size {hx.shape[1]}, expected {B} (input is (T={T}, B={B}, I={I}))"
             )
-    count = len(names) * D
+    vector = (3 * H,)
+    shapes = []
     for layer in range(layers):
-        _check_gru_weights("gru", weights[layer * count : (layer + 1) * count], I if layer == 0 else D * H, H)
-    _check_gru_weights("gru", weights[layers * count :], I, H)
+        shapes += [(3 * H, D * H if layer else I), (3 * H, H), vector, vector][: len(names)] * D
+    shapes += [vector] * len(gains)
+    _check_gru_shapes("gru", everything, name_of, shapes, I, H)
 
     if torch.jit.is_tracing() and not (zoneout or recurrent_dropout or gains):
         # An operator of any number of steps, in the format that a trace is stored in.
-        rest = (list(params), has_biases, layers, dropout, bool(a["train"]), bidirectional)
+        rest = (list(params), bool(has_biases), layers, dropout, bool(train), bool(bidirectional))
         given = (input, batch_sizes, hx, *rest) if packed else (input, hx, *rest, False)
         output, hn = torch._C._VariableFunctions.gru(*given)
     else:
         output, hn = _run_gru(
-            "gru", reference.gru_stack, (input, hx),
-            (input, batch_sizes, hx, list(params), has_biases, layers, dropout, bool(a["train"]),
-             bidirectional, zoneout, recurrent_dropout, gains or None),
+            "gru", reference.gru_stack, (input, hx), dtype,
+            (input, batch_sizes, hx, params, bool(has_biases), layers, dropout, bool(train),
+             bool(bidirectional), zoneout, recurrent_dropout, layer_norm or None),
         )  # fmt: skip
         if output.requires_grad and not torch.compiler.is_compiling():
             output = output.clone()  # the backward reads the other: this may be changed in place, as torch's
@@ -316,13 +334,13 @@ def gru_cell(
             return torch._C._VariableFunctions.gru_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
         except (LookupError, RuntimeError, TypeError, ValueError):
             pass  # arguments that don't fit: the checks below say so
-    biases = [(name, b) for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
     if layer_norm is not None and not isinstance(layer_norm, (list, tuple)):
         raise TypeError(
             f"fastlm.gru_cell: layer_norm is {type(layer_norm).__name__}, expected a pair of Tensors"
         )
-    gains = list(layer_norm) if layer_norm is not None else []
-    everything = (input, hx, w_ih, w_hh, *(b for _, b in biases), *gains)
+    gains = layer_norm or ()
+    biases = [b for b in (b_ih, b_hh) if b is not None]
+    everything = (input, hx, w_ih, w_hh, *biases, *gains)
     if has_torch_function(everything):
         return handle_torch_function(
             gru_cell, everything, input, hx, w_ih, w_hh, b_ih, b_hh, zoneout=zoneout,
@@ -333,13 +351,11 @@ def gru_cell(
     recurrent_dropout = check_probability("gru_cell", "recurrent_dropout", recurrent_dropout)
     if layer_norm is not None and len(gains) != 2:
         raise RuntimeError(f"fastlm.gru_cell: {len(gains)} layer_norm gains, expected 2")
-    if not isinstance(input, Tensor):
-        raise TypeError(f"fastlm.gru_cell: input is {type(input).__name__}, expected a Tensor")
-    weights = [("w_ih", w_ih), ("w_hh", w_hh), *biases]
-    weights += [(f"layer_norm[{i}]", g) for i, g in enumerate(gains)]
-    _check_gru_tensors(
-        "gru_cell", [("input", input), ("hx", hx), *weights], input, _autocast(input) is not None
-    )
+    names = ["input", "hx", "w_ih", "w_hh"]
+    names += [name for name, b in (("b_ih", b_ih), ("b_hh", b_hh)) if b is not None]
+    names += [f"layer_norm[{i}]" for i in range(len(gains))]
+    dtype = _autocast(input) if isinstance(input, Tensor) else None
+    _check_gru_tensors("gru_cell", everything, names.__getitem__, dtype is not None)
     for name, x in (("input", input), ("hx", hx)):
         if x.dim() != 2:
             raise RuntimeError(f"fastlm.gru_cell: {name} has shape {tuple(x.shape)}, expected 2 dimensions")
@@ -363,8 +379,10 @@ def gru_cell(
         raise RuntimeError(
             f"fastlm.gru_cell: hx has shape {tuple(hx.shape)}, expected a hidden unit at least"
         )
-    _check_gru_weights("gru_cell", weights, input.shape[1], hx.shape[1])
+    I, H = input.shape[1], hx.shape[1]
+    shapes = [(3 * H, I), (3 * H, H)] + [(3 * H,)] * (len(names) - 4)
+    _check_gru_shapes("gru_cell", everything, names.__getitem__, shapes, I, H)
     return _run_gru(
-        "gru_cell", reference.gru_cell_stack, (input, hx),
+        "gru_cell", reference.gru_cell_stack, (input, hx), dtype,
         (input, hx, w_ih, w_hh, b_ih, b_hh, zoneout, recurrent_dropout, gains or None, training),
     )  # fmt: skip
