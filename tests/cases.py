@@ -509,6 +509,10 @@ register(
             gru_case("wide-input", 2, 3, 200, 5),
             gru_case("deeper-than-a-panel", 2, 9, 3, 300),  # products in two blocks of k
             gru_case("one-row-split-over-threads", 3, 1, 5, 200),
+            # A sequence long enough that x W is made beside h W: whole blocks of steps and a rest, odd sizes.
+            gru_case("one-row-long", 29, 1, 20, 200),
+            gru_case("one-row-long-both-ways", 25, 1, 33, 139, 1, 2, bias=False),
+            gru_case("one-row-long-packed", 0, 0, 150, 130, lengths=(36,)),
             gru_case("rows-split-over-threads", 4, 40, 5, 12),
             gru_case("no-bias", 4, 3, 5, 6, bias=False),
             gru_case("batch-first", 4, 3, 5, 6, batch_first=True),

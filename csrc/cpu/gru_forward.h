@@ -16,8 +16,10 @@ template <class S> struct ForwardSpace {
   using E = typename Factors<S>::E;
   using R = typename Factors<S>::R;
   Division division;
-  int64_t blocks, K, ldh, ldraw;  // K: steps of a sum over H
+  int64_t blocks, K, KI, ldh, ldraw;  // K: steps of a sum over H, KI: over I
   E* weights;          // [D][blocks][K][3][lanes]
+  E* input_weights;    // [D][blocks][KI][3][lanes], or null unless x W is made beside the recurrence
+  E* inputs;           // [D][parts][KI][kRowsBeside] of x, for each part by itself
   F* state;            // [D][2][B][ldh], h of the step before and of this one
   R* rounded;          // [D][2][B][ldh], the same as factors, where these are rounded
   F* products;         // [D][N][3H] x W + b, or null where these lie in the tensor of the gates
@@ -31,11 +33,20 @@ template <class S> struct ForwardSpace {
   ForwardSpace(const GruParams& p, Arena& arena) {
     blocks = ceil_div<int64_t>(p.H, kLanes<F>);
     K = Factors<S>::steps(p, p.H);
+    KI = Factors<S>::steps(p, p.I);
     ldh = padded<F>(p.H);
     ldraw = padded<F>(blocks * kPanel<F>);
     division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
     const bool norm = p.weights[0].g_hh, single = is_single(p);
+    // Registers for twice the sums, whole products, no thread without a part, and weights of a part that come from
+    // the second-level cache: from behind it they take what the product beside them would save.
+    const bool beside = kMR == 2 * kBeside && !Factors<S>::kWidens && p.B == 1 && !norm && p.T >= 2 * kRowsBeside &&
+                        K >= kLongRow && blocks >= kBeside * division.parts &&
+                        p.D * division.parts >= p.pool.threads &&
+                        blocks * (K + KI) * kPanel<F> * int64_t(sizeof(E)) <= 4 * kResident * division.parts;
     weights = arena.take<E>(single ? 0 : p.D * blocks * K * kPanel<F>);
+    input_weights = beside ? arena.take<E>(p.D * blocks * KI * kPanel<F>) : nullptr;
+    inputs = arena.take<E>(beside ? p.D * division.parts * KI * kRowsBeside : 0);
     state = arena.take<F>(p.D * 2 * p.B * ldh);
     rounded = arena.take<R>(Factors<S>::kRounded ? p.D * 2 * p.B * ldh : 0);
     products = arena.take<F>(p.gates ? 0 : p.D * p.N * 3 * p.H);
@@ -54,22 +65,15 @@ template <class S> int64_t forward_workspace(const GruParams& p) {
   return arena.used;
 }
 
-// w[3H][H] to panels [blocks][K][3][lanes], zeros behind the last unit.
-template <class S, class E> void pack_gates(const Pool& pool, int64_t H, const S* w, E* panels) {
+// w[3H][terms] to panel u of [blocks][K][3][lanes], zeros behind the last unit.
+template <class S, class E> void pack_gates(int64_t H, int64_t terms, const S* w, int64_t u, E* panels) {
   constexpr int64_t kL = kLanes<E>;
-  const int64_t K = ceil_div<int64_t>(H, Pack<E>::kPair);
-  parallel(pool, ceil_div(H, kL), 1, [&](int64_t begin, int64_t end) {
-    E* rows = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * K) * sizeof(E)));
-    for (int64_t u = begin; u < end; ++u) {
-      E* panel = panels + u * K * kPanel<E>;
-      const int64_t n = least(kL, H - u * kL);
-      if (n < kL) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
-      for (int64_t g = 0; g < 3; ++g) {
-        const S* src = w + (g * H + u * kL) * H;
-        pack_columns(n, H, src, H, panel + g * kL, kPanel<E>, rows);
-      }
-    }
-  });
+  const int64_t K = ceil_div<int64_t>(terms, Pack<E>::kPair), n = least(kL, H - u * kL);
+  E* rows = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * K) * sizeof(E)));
+  E* panel = panels + u * K * kPanel<E>;
+  if (n < kL) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
+  for (int64_t g = 0; g < 3; ++g)
+    pack_columns(n, terms, w + (g * H + u * kL) * terms, terms, panel + g * kL, kPanel<E>, rows);
 }
 
 template <class S> struct Forward {
@@ -89,6 +93,7 @@ template <class S> struct Forward {
     else return state(d, s);
   }
   E* weights(int64_t d) const { return space.weights + d * space.blocks * space.K * kPanel<F>; }
+  E* input_weights(int64_t d) const { return space.input_weights + d * space.blocks * space.KI * kPanel<F>; }
   F* bias(int64_t d, int which) const { return space.bias + (d * 2 + which) * lanes3; }
   F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * lanes3; }
   F* gates(int64_t d) const { return static_cast<F*>(p.gates) + d * p.N * 4 * p.H; }
@@ -103,11 +108,14 @@ template <class S> struct Forward {
   // The time step that the direction d takes as its s-th.
   int64_t time(int64_t d, int64_t s) const { return d ? p.T - 1 - s : s; }
 
+  void pack_weights() const;
   void prepare(int64_t d) const;
   void input_products(int64_t d) const;
   void begin_states(int64_t d) const;
   void end_states(int64_t d) const;
   void step(int64_t d, int64_t tile, int64_t part, int64_t s) const;
+  void step_beside(int64_t d, int64_t part, int64_t s) const;
+  void take_inputs(int64_t d, int64_t begin, E* to) const;
   void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
   template <class Visit> void products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s,
                                        const Visit& f) const;
@@ -118,11 +126,21 @@ template <class S> struct Forward {
   void run() const;
 };
 
+// Those of all directions at once: a thread gets the panels that the recurrence gives it where parts divide them.
+template <class S> void Forward<S>::pack_weights() const {
+  parallel(p.pool, p.D * space.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t d = i / space.blocks, u = i % space.blocks;
+      const S *w_hh = static_cast<const S*>(p.weights[d].w_hh), *w_ih = static_cast<const S*>(p.weights[d].w_ih);
+      Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.H, p.H, w_hh, u, to); });
+      if (space.input_weights) pack_gates(p.H, p.I, w_ih, u, input_weights(d));
+    }
+  });
+}
+
 template <class S> void Forward<S>::prepare(int64_t d) const {
   const GruWeights& w = p.weights[d];
   const int64_t H = p.H;
-  const S* w_hh = static_cast<const S*>(w.w_hh);
-  if (!is_single(p)) Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.pool, H, w_hh, to); });
   F *in = bias(d, 0), *hidden = bias(d, 1);
   widen(3 * H, static_cast<const S*>(w.b_ih), in);
   widen(3 * H, static_cast<const S*>(w.b_hh), hidden);
@@ -272,6 +290,57 @@ void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
   });
 }
 
+// The same for one sequence, with x W + b of later steps beside h W: block by block of kRowsBeside steps, and the
+// vectors of the next block's columns in as many lots as this one has steps.
+template <class S> void Forward<S>::step_beside(int64_t d, int64_t part, int64_t s) const {
+  using Mul = typename Factors<S>::Mul;
+  const int64_t parts = space.division.parts, H = p.H, K = space.K, KI = space.KI;
+  const int64_t first = kNV * (space.blocks * part / parts), last = kNV * (space.blocks * (part + 1) / parts);
+  E* const inputs = space.inputs + (d * parts + part) * KI * kRowsBeside;
+  F sums[kRowsBeside * kL];
+  const auto columns = [&](int64_t v) {  // gate v % 3 of the units from v / 3 * lanes on
+    const E* panel = input_weights(d) + v / kNV * KI * kPanel<F>;
+    return Columns<Mul>{KI, inputs, panel + v % kNV * kL, kPanel<F>, sums};
+  };
+  const auto put_sums = [&](int64_t begin, int64_t v) {
+    const int64_t i = v / kNV * kL, at = v % kNV * H + i, w = least(kL, H - i);
+    const Vec<F> b = get<F>(bias(d, 0) + at, w);
+    for (int64_t r = 0; r < kRowsBeside && begin + r < p.T; ++r)
+      put<F>(products(d) + time(d, begin + r) * ldx + at, load(sums + r * kL) + b, w);
+  };
+  const auto alone = [&](int64_t begin, int64_t v) {
+    row_products<Mul, 0, kNV>(0, nullptr, nullptr, nullptr, columns(v));
+    put_sums(begin, v);
+  };
+  if (s == 0) {
+    take_inputs(d, 0, inputs);
+    for (int64_t v = first; v < last; ++v) alone(0, v);
+  }
+  const int64_t place = s % kRowsBeside, begin = s - place + kRowsBeside;
+  int64_t v = first + (last - first) * place / kRowsBeside;
+  const int64_t end = begin < p.T ? first + (last - first) * (place + 1) / kRowsBeside : v;
+  if (place == 0) take_inputs(d, begin, inputs);
+  prefetch(space.ldh, factors(d, s));
+  const E* h = reinterpret_cast<const E*>(factors(d, s));
+  panel_products<Mul>(
+      K, h, weights(d), first, last,
+      [&](int64_t at, int64_t n, F* c) { make_gates(d, time(d, s), 1, at / kNV, n / kNV, c, 0, s); },
+      [&](const E* panel, F* c) {
+        if (v == end) return row_products<Mul, kBeside, kNV>(K, h, panel, c);
+        row_products<Mul, kBeside, kNV>(K, h, panel, c, columns(v));
+        put_sums(begin, v++);
+      });
+  for (; v < end; ++v) alone(begin, v);
+}
+
+// The rows of x of the steps from `begin` on, [KI][kRowsBeside], zeros behind the last step.
+template <class S> void Forward<S>::take_inputs(int64_t d, int64_t begin, E* to) const {
+  const int64_t rows = greatest<int64_t>(0, least<int64_t>(kRowsBeside, p.T - begin));
+  if (rows < kRowsBeside) __builtin_memset(to, 0, size_t(space.KI * kRowsBeside) * sizeof(E));
+  E* scratch = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * space.KI) * sizeof(E)));
+  pack_columns(rows, p.I, static_cast<const S*>(p.x) + time(d, begin) * p.I, d ? -p.I : p.I, to, kRowsBeside, scratch);
+}
+
 // With layer norm a step has two phases: products, then norms and gates. Every part forms the mean and
 // the variance of whole rows for itself, which costs less than to wait for another part's.
 template <class S>
@@ -339,6 +408,7 @@ template <class S> void Forward<S>::recurrence() const {
   lockstep(p.pool, p.D * tiles, space.division.parts, norm() ? 2 * p.T : p.T, space.counters,
            [&](int64_t group, int64_t part, int64_t phase) {
              if (norm()) step_normed(group / tiles, group % tiles, part, phase);
+             else if (space.input_weights) step_beside(group, part, phase);
              else step(group / tiles, group % tiles, part, phase);
            });
 }
@@ -346,11 +416,12 @@ template <class S> void Forward<S>::recurrence() const {
 template <class S> void Forward<S>::run() const {
   sequence_lengths(p, space.lengths);
   cut_tiles(p, space.division.tiles, space.bounds);
+  if (!is_single(p)) pack_weights();
   for (int64_t d = 0; d < p.D; ++d) {
     prepare(d);
     begin_states(d);
     if (is_single(p)) single_step(d);
-    else input_products(d);
+    else if (!space.input_weights) input_products(d);
   }
   if (!is_single(p)) recurrence();
   for (int64_t d = 0; d < p.D; ++d) end_states(d);

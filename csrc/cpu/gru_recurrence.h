@@ -196,37 +196,72 @@ template <> struct RowOf<WidenedPair> {
 inline constexpr int kBeside = 4;          // panels at once for one row
 inline constexpr int64_t kLongRow = 128;  // steps of k
 
+// kRowsBeside rows times a vector of columns, c[kRowsBeside][lanes]: a product that the row's may take along. While
+// the weights of that one arrive from the second-level cache a core has time for as many multiply-adds again, and
+// each vector of these weights serves all of the rows.
+inline constexpr int kRowsBeside = kBeside * kNV;
+template <class Mul> struct Columns {
+  using E = typename Mul::elem;
+  int64_t K;
+  const E* a;  // [K][kRowsBeside]
+  const E* b;  // [K][ldb]
+  int64_t ldb;
+  typename Mul::acc* c;
+};
+struct NoColumns {};
+
 // One row times kPanels panels of kVecs vectors: c[kPanels][kVecs lanes].
-template <class Mul, int kPanels, int kVecs>
+template <class Mul, int kPanels, int kVecs, class Beside = NoColumns>
 inline __attribute__((noinline)) void row_products(int64_t K, const typename RowOf<Mul>::type* a,
-                                                   const typename Mul::elem* panel, typename Mul::acc* c) {
+                                                   const typename Mul::elem* panel, typename Mul::acc* c,
+                                                   Beside beside = {}) {
   using F = typename Mul::acc;
   using E = typename Mul::elem;
   constexpr int64_t kL = kLanes<F>, kWidth = kVecs * kL;
-  Vec<F> acc[kPanels][kVecs] = {};
-  for (int64_t k = 0; k < K; ++k) {
+  constexpr int kRows = kSame<Beside, NoColumns> ? 0 : kRowsBeside;
+  Vec<F> acc[kPanels + 1][kVecs] = {}, sums[kRows + 1] = {};
+  const auto step = [&](int64_t k) FASTLM_INLINED {
     const auto x = RowOf<Mul>::step(a, k);
 #pragma GCC unroll 8
     for (int i = 0; i < kPanels; ++i)
 #pragma GCC unroll 3
       for (int v = 0; v < kVecs; ++v)
         acc[i][v] = Mul::madd(x, load_raw<Vec<E>>(panel + (i * K + k) * kWidth + v * kL), acc[i][v]);
+  };
+  int64_t k = 0;
+  if constexpr (kRows > 0) {
+    const auto step_beside = [&](int64_t k) FASTLM_INLINED {
+      const Vec<E> column = load_raw<Vec<E>>(beside.b + k * beside.ldb);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r)
+        sums[r] = Mul::madd(RowOf<Mul>::step(beside.a + k * kRows, r), column, sums[r]);
+    };
+    for (; k < least(K, beside.K); ++k) {
+      step(k);
+      step_beside(k);
+    }
+    for (int64_t rest = k; rest < beside.K; ++rest) step_beside(rest);
   }
+  for (; k < K; ++k) step(k);
 #pragma GCC unroll 8
   for (int i = 0; i < kPanels; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) store(c + i * kWidth + v * kL, acc[i][v]);
+  if constexpr (kRows > 0)
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) store(beside.c + r * kL, sums[r]);
 }
 
 // a[K] times the columns from vector `first` to `last`, handed to f(vector, vectors, c). Whole panels go several at
-// once, so that their sums overlap, and what f makes of them; of short ones a core begins the next beside f anyway.
-template <class Mul, class Visit>
+// once, by several(panel, c), so that their sums overlap, and what f makes of them; of short ones a core begins the
+// next beside f anyway.
+template <class Mul, class Visit, class Several>
 FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a, const typename Mul::elem* panels,
-                                  int64_t first, int64_t last, const Visit& f) {
+                                  int64_t first, int64_t last, const Visit& f, const Several& several) {
   using F = typename Mul::acc;
   F c[kBeside * kPanel<F>];
   for (; K >= kLongRow && first_vectors(last - first - (kBeside - 1) * kNV) == kNV; first += kBeside * kNV) {
-    row_products<Mul, kBeside, kNV>(K, a, panels + first * K * kLanes<F>, c);
+    several(panels + first * K * kLanes<F>, c);
     f(first, kBeside * kNV, c);
   }
   each_panel(first, last, [&](int64_t v, int64_t n) {
@@ -235,6 +270,13 @@ FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a,
     else if (n == 2) row_products<Mul, 1, 2>(K, a, panel, c);
     else row_products<Mul, 1, 1>(K, a, panel, c);
     f(v, n, c);
+  });
+}
+template <class Mul, class Visit>
+FASTLM_INLINE void panel_products(int64_t K, const typename RowOf<Mul>::type* a, const typename Mul::elem* panels,
+                                  int64_t first, int64_t last, const Visit& f) {
+  panel_products<Mul>(K, a, panels, first, last, f, [&](const typename Mul::elem* panel, typename Mul::acc* c) {
+    row_products<Mul, kBeside, kNV>(K, a, panel, c);
   });
 }
 
