@@ -291,7 +291,11 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
             (input, batch_sizes, hx, params, bool(has_biases), layers, dropout, bool(train),
              bool(bidirectional), zoneout, recurrent_dropout, layer_norm or None),
         )  # fmt: skip
-        if output.requires_grad and not torch.compiler.is_compiling():
+        if (
+            output.requires_grad
+            and output.dtype is (dtype or input.dtype)
+            and not torch.compiler.is_compiling()
+        ):
             output = output.clone()  # the backward reads the other: this may be changed in place, as torch's
     return output.transpose(0, 1) if batch_first else output, hn
 

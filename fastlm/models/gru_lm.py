@@ -14,6 +14,7 @@ Sources: Cho et al. 2014, arXiv:1406.1078 (GRU); Press and Wolf 2017, arXiv:1608
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastlm.models.base import LanguageModel, check_tokens, head_loss
@@ -126,7 +127,12 @@ class GRULM(LanguageModel):
         return self._hidden(idx, None)[0]
 
     def _hidden(self, idx: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, state = self.gru(self.dropout(self.embedding(idx)), state)
+        x = self.dropout(self.embedding(idx))
+        if state is None and torch.is_autocast_enabled(x.device.type):
+            # Of autocast's dtype, which states without one would leave for x's on a CPU and the head take up again.
+            size = (self.config.n_layer, x.shape[0], self.config.n_hidden)
+            state = x.new_zeros(size, dtype=torch.get_autocast_dtype(x.device.type))
+        x, state = self.gru(x, state)
         return self.dropout(x), state
 
     def prefill(self, idx: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
