@@ -513,6 +513,9 @@ register(
             gru_case("one-row-long", 29, 1, 20, 200),
             gru_case("one-row-long-both-ways", 25, 1, 33, 139, 1, 2, bias=False),
             gru_case("one-row-long-packed", 0, 0, 150, 130, lengths=(36,)),
+            # More steps than x W is made for at a time.
+            gru_case("blocks-of-steps", 20, 17, 6, 9, 1, 2),
+            gru_case("blocks-of-steps-packed", 0, 0, 5, 9, 1, 2, lengths=(40,) * 3 + (30,) * 9 + (7,) * 5),
             gru_case("rows-split-over-threads", 4, 40, 5, 12),
             gru_case("no-bias", 4, 3, 5, 6, bias=False),
             gru_case("batch-first", 4, 3, 5, 6, batch_first=True),

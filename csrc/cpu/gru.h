@@ -6,8 +6,9 @@
 // With layer norm (Ba et al. 2016) x W and h W are each normalised over their 3H values and scaled by a
 // gain before the bias is added.
 //
-// Fused: the input products of all steps are one matrix product; the recurrence keeps W_hh packed and
-// makes the gates where the products end. Kept for the backward: r, z, n, q (and what the norms need).
+// Fused: both weights are packed once. The input products of some steps are made at a time, by the threads that
+// take these steps next, in cache; the recurrence makes the gates where its products end. Kept for the backward:
+// r, z, n, q (and what the norms need).
 // The backward walks back through time with dh in scratch, then forms each weight's gradient in one
 // matrix product over all rows.
 //

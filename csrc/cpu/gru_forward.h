@@ -1,184 +1,8 @@
-// Forward of gru.h: input products, then the recurrence.
+// Forward of gru.h: the recurrence over what gru_input.h makes.
 #pragma once
-#include "few_tokens.h"
-#include "gru_recurrence.h"
+#include "gru_input.h"
 
 namespace fastlm::FASTLM_ISA::gru {
-
-inline constexpr double kNormEps = 1e-5;
-
-// A single step of a few sequences, as in generation: packed weights would be used once.
-inline bool is_single(const GruParams& p) { return p.T == 1 && p.B <= kTokens && !p.weights[0].g_hh; }
-
-// Scratch of a forward call. Panels u hold the three gates of units u * lanes ... .
-template <class S> struct ForwardSpace {
-  using F = compute_t<S>;
-  using E = typename Factors<S>::E;
-  using R = typename Factors<S>::R;
-  Division division;
-  int64_t blocks, K, KI, ldh, ldraw;  // K: steps of a sum over H, KI: over I
-  E* weights;          // [D][blocks][K][3][lanes]
-  E* input_weights;    // [D][blocks][KI][3][lanes], or null unless x W is made beside the recurrence
-  E* inputs;           // [D][parts][KI][kRowsBeside] of x, for each part by itself
-  F* state;            // [D][2][B][ldh], h of the step before and of this one
-  R* rounded;          // [D][2][B][ldh], the same as factors, where these are rounded
-  F* products;         // [D][N][3H] x W + b, or null where these lie in the tensor of the gates
-  F* raw;              // [D][B][ldraw] h W: in the order of the panels for layer norm, as it is for a single step
-  F* bias;             // [D][2][3H + lanes]: b_ih + (b_hr, b_hz, 0), and b_hh for q alone
-  F* gain;             // [D][2][3H + lanes]
-  int64_t* lengths;    // [B]
-  int64_t* bounds;     // [tiles + 1]
-  Counter* counters;
-
-  ForwardSpace(const GruParams& p, Arena& arena) {
-    blocks = ceil_div<int64_t>(p.H, kLanes<F>);
-    K = Factors<S>::steps(p, p.H);
-    KI = Factors<S>::steps(p, p.I);
-    ldh = padded<F>(p.H);
-    ldraw = padded<F>(blocks * kPanel<F>);
-    division = divide(p, blocks, blocks * K * kPanel<F> * int64_t(sizeof(E)));
-    const bool norm = p.weights[0].g_hh, single = is_single(p);
-    // Registers for twice the sums, whole products, no thread without a part, and weights of a part that come from
-    // the second-level cache: from behind it they take what the product beside them would save.
-    const bool beside = kMR == 2 * kBeside && !Factors<S>::kWidens && p.B == 1 && !norm && p.T >= 2 * kRowsBeside &&
-                        K >= kLongRow && blocks >= kBeside * division.parts &&
-                        p.D * division.parts >= p.pool.threads &&
-                        blocks * (K + KI) * kPanel<F> * int64_t(sizeof(E)) <= 4 * kResident * division.parts;
-    weights = arena.take<E>(single ? 0 : p.D * blocks * K * kPanel<F>);
-    input_weights = beside ? arena.take<E>(p.D * blocks * KI * kPanel<F>) : nullptr;
-    inputs = arena.take<E>(beside ? p.D * division.parts * KI * kRowsBeside : 0);
-    state = arena.take<F>(p.D * 2 * p.B * ldh);
-    rounded = arena.take<R>(Factors<S>::kRounded ? p.D * 2 * p.B * ldh : 0);
-    products = arena.take<F>(p.gates ? 0 : p.D * p.N * 3 * p.H);
-    raw = arena.take<F>(norm || single ? p.D * p.B * ldraw : 0);
-    bias = arena.take<F>(p.D * 2 * (3 * p.H + kLanes<F>));
-    gain = arena.take<F>(norm ? p.D * 2 * (3 * p.H + kLanes<F>) : 0);
-    lengths = arena.take<int64_t>(p.B);
-    bounds = arena.take<int64_t>(division.tiles + 1);
-    counters = arena.take<Counter>(p.D * division.tiles * division.parts * kCounters);
-  }
-};
-
-template <class S> int64_t forward_workspace(const GruParams& p) {
-  Arena arena{nullptr};
-  ForwardSpace<S>(p, arena);
-  return arena.used;
-}
-
-// w[3H][terms] to panel u of [blocks][K][3][lanes], zeros behind the last unit.
-template <class S, class E> void pack_gates(int64_t H, int64_t terms, const S* w, int64_t u, E* panels) {
-  constexpr int64_t kL = kLanes<E>;
-  const int64_t K = ceil_div<int64_t>(terms, Pack<E>::kPair), n = least(kL, H - u * kL);
-  E* rows = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * K) * sizeof(E)));
-  E* panel = panels + u * K * kPanel<E>;
-  if (n < kL) __builtin_memset(panel, 0, size_t(K * kPanel<E>) * sizeof(E));
-  for (int64_t g = 0; g < 3; ++g)
-    pack_columns(n, terms, w + (g * H + u * kL) * terms, terms, panel + g * kL, kPanel<E>, rows);
-}
-
-template <class S> struct Forward {
-  using F = compute_t<S>;
-  using E = typename Factors<S>::E;
-  using R = typename Factors<S>::R;
-  static constexpr bool kRounded = Factors<S>::kRounded;
-  static constexpr int64_t kL = kLanes<F>;
-  const GruParams& p;
-  const ForwardSpace<S>& space;
-  int64_t lanes3 = 3 * p.H + kL;  // of bias and gain
-  int64_t ldx = p.gates ? 4 * p.H : 3 * p.H;  // of products
-
-  F* state(int64_t d, int64_t s) const { return space.state + (d * 2 + (s & 1)) * p.B * space.ldh; }
-  R* factors(int64_t d, int64_t s) const {
-    if constexpr (kRounded) return space.rounded + (d * 2 + (s & 1)) * p.B * space.ldh;
-    else return state(d, s);
-  }
-  E* weights(int64_t d) const { return space.weights + d * space.blocks * space.K * kPanel<F>; }
-  E* input_weights(int64_t d) const { return space.input_weights + d * space.blocks * space.KI * kPanel<F>; }
-  F* bias(int64_t d, int which) const { return space.bias + (d * 2 + which) * lanes3; }
-  F* gain(int64_t d, int which) const { return space.gain + (d * 2 + which) * lanes3; }
-  F* gates(int64_t d) const { return static_cast<F*>(p.gates) + d * p.N * 4 * p.H; }
-  // The gates' memory takes x W + b first, and each value is overwritten by its gate.
-  F* products(int64_t d) const {
-    if (p.gates) return gates(d);
-    return space.products + d * p.N * 3 * p.H;
-  }
-  F* normed(int64_t d) const { return static_cast<F*>(p.normed) + d * p.N * 6 * p.H; }
-  F* rstd(int64_t d) const { return static_cast<F*>(p.rstd) + d * p.N * 2; }
-  bool norm() const { return p.weights[0].g_hh; }
-  // The time step that the direction d takes as its s-th.
-  int64_t time(int64_t d, int64_t s) const { return d ? p.T - 1 - s : s; }
-
-  void pack_weights() const;
-  void prepare(int64_t d) const;
-  void input_products(int64_t d) const;
-  void begin_states(int64_t d) const;
-  void end_states(int64_t d) const;
-  void step(int64_t d, int64_t tile, int64_t part, int64_t s) const;
-  void step_beside(int64_t d, int64_t part, int64_t s) const;
-  void take_inputs(int64_t d, int64_t begin, E* to) const;
-  void step_normed(int64_t d, int64_t tile, int64_t part, int64_t phase) const;
-  template <class Visit> void products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s,
-                                       const Visit& f) const;
-  void make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, int64_t units, F* c, int64_t b,
-                  int64_t s) const;
-  void single_step(int64_t d) const;
-  void recurrence() const;
-  void run() const;
-};
-
-// Those of all directions at once: a thread gets the panels that the recurrence gives it where parts divide them.
-template <class S> void Forward<S>::pack_weights() const {
-  parallel(p.pool, p.D * space.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t d = i / space.blocks, u = i % space.blocks;
-      const S *w_hh = static_cast<const S*>(p.weights[d].w_hh), *w_ih = static_cast<const S*>(p.weights[d].w_ih);
-      Factors<S>::pack(p, weights(d), [&](auto* to) { pack_gates(p.H, p.H, w_hh, u, to); });
-      if (space.input_weights) pack_gates(p.H, p.I, w_ih, u, input_weights(d));
-    }
-  });
-}
-
-template <class S> void Forward<S>::prepare(int64_t d) const {
-  const GruWeights& w = p.weights[d];
-  const int64_t H = p.H;
-  F *in = bias(d, 0), *hidden = bias(d, 1);
-  widen(3 * H, static_cast<const S*>(w.b_ih), in);
-  widen(3 * H, static_cast<const S*>(w.b_hh), hidden);
-  for (int64_t i = 0; i < 2 * H; ++i) in[i] += hidden[i];
-  if (norm()) {
-    widen(3 * H, static_cast<const S*>(w.g_ih), gain(d, 0));
-    widen(3 * H, static_cast<const S*>(w.g_hh), gain(d, 1));
-  }
-}
-
-// x W + b for all rows; with layer norm, a second pass normalises each row.
-template <class S> void Forward<S>::input_products(int64_t d) const {
-  const int64_t H = p.H;
-  Gemm<S, S, F> g{p.N, 3 * H, p.I, static_cast<const S*>(p.x), p.I, 1,
-                  static_cast<const S*>(p.weights[d].w_ih), 1, p.I, products(d), ldx};
-  if (!norm()) g.bias = bias(d, 0);
-  gemm(p.pool, g);
-  if (!norm()) return;
-  parallel(p.pool, p.N, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      F* y = products(d) + row * ldx;
-      Vec<F> sum{}, squares{};
-      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) { sum += get<F>(y + i, w); });
-      const F mean = reduce_add(sum) / F(3 * H);
-      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) {
-        const Vec<F> v = select(first_lanes<F>(w), get<F>(y + i, w) - splat(mean), Vec<F>{});
-        squares = fma(v, v, squares);
-      });
-      const F scale = F(1) / F(__builtin_sqrt(reduce_add(squares) / F(3 * H) + F(kNormEps)));
-      if (p.rstd) rstd(d)[row * 2] = scale;
-      each_vector<F>(0, 3 * H, [&](int64_t i, int64_t w) {
-        const Vec<F> v = (get<F>(y + i, w) - splat(mean)) * splat(scale);
-        if (p.normed) put<F>(normed(d) + row * 6 * H + i, v, w);
-        put<F>(y + i, fma(v, get<F>(gain(d, 0) + i, w), get<F>(bias(d, 0) + i, w)), w);
-      });
-    }
-  });
-}
 
 // The buffer that a sequence's first step reads depends on when it begins: backwards in time the
 // shorter sequences join later.
@@ -205,13 +29,12 @@ template <class S> void Forward<S>::end_states(int64_t d) const {
   }
 }
 
-// h W of a part's panels for the sequences b ... b + rows at step s, handed to f(panel, c).
+// h W of a part's panels for the sequences b ... b + rows at step s, handed to f(panel, c). x: their x W + b.
 template <class S> template <class Visit>
-void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s, const Visit& f) const {
-  const int64_t parts = space.division.parts, blocks = space.blocks;
-  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+void Forward<S>::hidden_products(int64_t d, int64_t b, int64_t rows, int64_t part, int64_t s, const F* x,
+                                 const Visit& f) const {
+  const int64_t first = begin_of(part), last = begin_of(part + 1);
   const R* h = factors(d, s) + b * space.ldh;
-  const F* x = products(d) + (p.offsets[time(d, s)] + b) * ldx;
   step_products<S>(
       p, rows, space.K, h, space.ldh, weights(d), kNV * first, kNV * last,
       [&](int64_t v, int64_t n, F* c) { f(v / kNV, n / kNV, c); },
@@ -221,15 +44,15 @@ void Forward<S>::products(int64_t d, int64_t b, int64_t rows, int64_t part, int6
 }
 
 // Panel u at step s for `rows` sequences from b on, their rows being those from `row` on, or `units` panels from u on
-// for one sequence: c[rows or units][3 lanes] is h W, and gives its place to the gates.
+// for one sequence: c[rows or units][3 lanes] is h W, and gives its place to the gates; x[rows][ldx] is x W + b.
 template <class S>
-void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, int64_t units, F* c,
+void Forward<S>::make_gates(int64_t d, int64_t row, int64_t rows, int64_t u, int64_t units, const F* x, F* c,
                             int64_t b, int64_t s) const {
   const int64_t H = p.H, i = u * kL, ldout = p.D * H;
   const F* h = state(d, s) + b * space.ldh + i;
   F* next = state(d, s + 1) + b * space.ldh + i;
   R* factor = factors(d, s + 1) + b * space.ldh + i;
-  const F* x = products(d) + row * ldx + i;
+  x += i;
   const F* bias_q = bias(d, 1) + 2 * H + i;
   F* gate = p.gates ? gates(d) + row * 4 * H + i : nullptr;
   S* out = static_cast<S*>(p.out) + row * ldout + d * H + i;
@@ -284,61 +107,42 @@ template <class S>
 void Forward<S>::step(int64_t d, int64_t tile, int64_t part, int64_t s) const {
   const int64_t t = time(d, s), b = space.bounds[tile];
   const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
+  if (space.input_weights && s % space.steps == 0) input_block(d, tile, part, s);
   if (rows <= 0) return;
-  products(d, b, rows, part, s, [&](int64_t u, int64_t units, F* c) {
-    make_gates(d, p.offsets[t] + b, rows, u, units, c, b, s);
+  const F* x = products(d, tile, s);
+  hidden_products(d, b, rows, part, s, x, [&](int64_t u, int64_t units, F* c) {
+    make_gates(d, p.offsets[t] + b, rows, u, units, x, c, b, s);
   });
 }
 
-// The same for one sequence, with x W + b of later steps beside h W: block by block of kRowsBeside steps, and the
-// vectors of the next block's columns in as many lots as this one has steps.
+// The same for one sequence, with x W + b of the next block's steps beside h W: as many lots of the columns' vectors as
+// this block has steps.
 template <class S> void Forward<S>::step_beside(int64_t d, int64_t part, int64_t s) const {
   using Mul = typename Factors<S>::Mul;
-  const int64_t parts = space.division.parts, H = p.H, K = space.K, KI = space.KI;
-  const int64_t first = kNV * (space.blocks * part / parts), last = kNV * (space.blocks * (part + 1) / parts);
-  E* const inputs = space.inputs + (d * parts + part) * KI * kRowsBeside;
-  F sums[kRowsBeside * kL];
-  const auto columns = [&](int64_t v) {  // gate v % 3 of the units from v / 3 * lanes on
-    const E* panel = input_weights(d) + v / kNV * KI * kPanel<F>;
-    return Columns<Mul>{KI, inputs, panel + v % kNV * kL, kPanel<F>, sums};
-  };
-  const auto put_sums = [&](int64_t begin, int64_t v) {
-    const int64_t i = v / kNV * kL, at = v % kNV * H + i, w = least(kL, H - i);
-    const Vec<F> b = get<F>(bias(d, 0) + at, w);
-    for (int64_t r = 0; r < kRowsBeside && begin + r < p.T; ++r)
-      put<F>(products(d) + time(d, begin + r) * ldx + at, load(sums + r * kL) + b, w);
-  };
-  const auto alone = [&](int64_t begin, int64_t v) {
-    row_products<Mul, 0, kNV>(0, nullptr, nullptr, nullptr, columns(v));
-    put_sums(begin, v);
-  };
+  const int64_t K = space.K, first = kNV * begin_of(part), last = kNV * begin_of(part + 1);
   if (s == 0) {
-    take_inputs(d, 0, inputs);
-    for (int64_t v = first; v < last; ++v) alone(0, v);
+    InputsBeside<S> now(*this, d, part, 0);
+    now.take_rows();
+    for (int64_t v = first; v < last; ++v) now.make(v);
   }
-  const int64_t place = s % kRowsBeside, begin = s - place + kRowsBeside;
+  const int64_t place = s % kRowsBeside;
+  InputsBeside<S> next(*this, d, part, s - place + kRowsBeside);
+  if (place == 0) next.take_rows();
   int64_t v = first + (last - first) * place / kRowsBeside;
-  const int64_t end = begin < p.T ? first + (last - first) * (place + 1) / kRowsBeside : v;
-  if (place == 0) take_inputs(d, begin, inputs);
+  const int64_t end = next.begin < p.T ? first + (last - first) * (place + 1) / kRowsBeside : v;
+
   prefetch(space.ldh, factors(d, s));
   const E* h = reinterpret_cast<const E*>(factors(d, s));
+  const F* x = products(d, 0, s);
   panel_products<Mul>(
       K, h, weights(d), first, last,
-      [&](int64_t at, int64_t n, F* c) { make_gates(d, time(d, s), 1, at / kNV, n / kNV, c, 0, s); },
+      [&](int64_t at, int64_t n, F* c) { make_gates(d, time(d, s), 1, at / kNV, n / kNV, x, c, 0, s); },
       [&](const E* panel, F* c) {
         if (v == end) return row_products<Mul, kBeside, kNV>(K, h, panel, c);
-        row_products<Mul, kBeside, kNV>(K, h, panel, c, columns(v));
-        put_sums(begin, v++);
+        row_products<Mul, kBeside, kNV>(K, h, panel, c, next.columns(v));
+        next.put_sums(v++);
       });
-  for (; v < end; ++v) alone(begin, v);
-}
-
-// The rows of x of the steps from `begin` on, [KI][kRowsBeside], zeros behind the last step.
-template <class S> void Forward<S>::take_inputs(int64_t d, int64_t begin, E* to) const {
-  const int64_t rows = greatest<int64_t>(0, least<int64_t>(kRowsBeside, p.T - begin));
-  if (rows < kRowsBeside) __builtin_memset(to, 0, size_t(space.KI * kRowsBeside) * sizeof(E));
-  E* scratch = static_cast<E*>(thread_scratch(kScratchPack, size_t(kL * space.KI) * sizeof(E)));
-  pack_columns(rows, p.I, static_cast<const S*>(p.x) + time(d, begin) * p.I, d ? -p.I : p.I, to, kRowsBeside, scratch);
+  for (; v < end; ++v) next.make(v);
 }
 
 // With layer norm a step has two phases: products, then norms and gates. Every part forms the mean and
@@ -352,7 +156,7 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
   const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
   F* raw = space.raw + (d * p.B + b) * ldraw;
   if (phase % 2 == 0) {
-    products(d, b, rows, part, s, [&](int64_t u, int64_t units, const F* c) {
+    hidden_products(d, b, rows, part, s, products(d, tile, s), [&](int64_t u, int64_t units, const F* c) {
       for (int64_t m = 0; m < rows; ++m)
         __builtin_memcpy(raw + m * ldraw + u * kPanel<F>, c + m * kPanel<F>, size_t(units * kPanel<F>) * sizeof(F));
     });
@@ -381,7 +185,7 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
         if (p.normed) put<F>(normed(d) + (row + m) * 6 * H + (3 + g) * H + i, v, w);
         store(c + g * kL, v * get<F>(gain(d, 1) + g * H + i, w));
       }
-      make_gates(d, row + m, 1, u, 1, c, b + m, s);
+      make_gates(d, row + m, 1, u, 1, products(d) + (row + m) * ldx, c, b + m, s);
     }
   }
 }
@@ -399,7 +203,7 @@ template <class S> void Forward<S>::single_step(int64_t d) const {
       const int64_t i = u * kL, lanes = least(kL, H - i);
       F c[kPanel<F>];
       for (int64_t g = 0; g < 3; ++g) store(c + g * kL, get<F>(raw + m * ldraw + g * H + i, lanes));
-      make_gates(d, m, 1, u, 1, c, m, 0);
+      make_gates(d, m, 1, u, 1, products(d) + m * ldx, c, m, 0);
     }
 }
 
@@ -408,7 +212,7 @@ template <class S> void Forward<S>::recurrence() const {
   lockstep(p.pool, p.D * tiles, space.division.parts, norm() ? 2 * p.T : p.T, space.counters,
            [&](int64_t group, int64_t part, int64_t phase) {
              if (norm()) step_normed(group / tiles, group % tiles, part, phase);
-             else if (space.input_weights) step_beside(group, part, phase);
+             else if (space.inputs) step_beside(group, part, phase);
              else step(group / tiles, group % tiles, part, phase);
            });
 }
