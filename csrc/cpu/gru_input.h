@@ -48,7 +48,7 @@ template <class S> struct ForwardSpace {
     // behind it they take what the product beside them would save.
     const bool beside = by_blocks && kMR == 2 * kBeside && !Factors<S>::kWidens && p.B == 1 &&
                         p.T >= 2 * kRowsBeside && K >= kLongRow && blocks >= kBeside * division.parts &&
-                        blocks * (K + KI) * kPanel<F> * int64_t(sizeof(E)) <= 4 * kResident * division.parts;
+                        blocks * (K + KI) * kPanel<F> * int64_t(sizeof(E)) <= 2 * caches().second * division.parts;
     const int64_t tile_rows = ceil_div(p.B, division.tiles);
     steps = beside ? kRowsBeside : greatest<int64_t>(1, kBlockRows / greatest<int64_t>(tile_rows, 1));
     kept = beside ? 2 * steps : steps;

@@ -40,20 +40,28 @@ struct Division {
 
 // Below this many multiply-adds a step is too short to be worth the wait for other threads.
 inline constexpr int64_t kSplitWork = 32 * 1024;
-// Packed weights of a direction, in bytes, that stay in a second-level cache. Of more, every tile streams
-// all at each step, and needs rows enough to pay for that; a part comes back to its own alone.
-inline constexpr int64_t kResident = 512 * 1024;
+// Rows of a tile at least, each of which reads all of the packed weights at each step: a micro-tile's where they come
+// from a core's own cache, more where from one that cores share, as many as pay for memory's where they are larger.
+inline int64_t least_rows(const GruParams& p, int64_t weights) {
+  if (weights <= caches().second) return kMR;
+  return weights <= caches().third / 2 ? kMR * least<int64_t>(greatest<int64_t>(p.pool.threads / 2, 1), 4) : 4 * kMR;
+}
 
-FASTLM_INLINE Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
+// The work of threads is divided by sequences as far as that goes: between two parts of the units all states go from
+// one core to the other at every step. Not where larger weights would leave tiles uneven by a quarter.
+inline Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
   const int64_t threads = greatest<int64_t>(p.pool.threads, 1);
-  const int64_t rows = weights > kResident ? 4 * kMR : kMR;  // of a tile, at least
-  Division d;
-  d.tiles = greatest<int64_t>(least(ceil_div(threads, p.D), ceil_div(p.B, rows)), 1);
-  const int64_t groups = p.D * d.tiles;
-  const int64_t work = ceil_div(p.B, d.tiles) * 3 * p.H * p.H;
-  d.parts = least(least(ceil_div(threads, groups), blocks), work / kSplitWork);
-  d.parts = greatest<int64_t>(d.parts, 1);
-  return d;
+  const auto parts = [&](int64_t tiles) {
+    const int64_t work = ceil_div(p.B, tiles) * 3 * p.H * p.H;
+    return greatest<int64_t>(least(least(ceil_div(threads, p.D * tiles), blocks), work / kSplitWork), 1);
+  };
+  const auto uneven = [&](int64_t tiles) {
+    return weights > caches().second / 2 && 4 * tiles * round_up<int64_t>(ceil_div(p.B, tiles), kMR) > 5 * p.B;
+  };
+  int64_t tiles = least(ceil_div(threads, p.D), ceil_div(p.B, least_rows(p, weights)));
+  while (tiles > 1 && uneven(tiles) && parts(tiles - 1) > 1) --tiles;
+  tiles = greatest<int64_t>(tiles, 1);
+  return {tiles, parts(tiles)};
 }
 
 FASTLM_INLINE int64_t active(const GruParams& p, int64_t t) { return p.offsets[t + 1] - p.offsets[t]; }

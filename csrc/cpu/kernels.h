@@ -26,4 +26,8 @@ struct Pool {
 enum ScratchSlot : int { kScratchKernel, kScratchPack, kScratchTile, kScratchSlots };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
+// Bytes of this machine's second-level cache, a core's own, and of the third, which cores share.
+struct Caches { int64_t second, third; };
+const Caches& caches();
+
 }  // namespace fastlm

@@ -15,6 +15,10 @@ inline Pool test_pool(int threads) {
           threads};
 }
 
+const Caches& caches() {
+  static const Caches some{1 << 20, 16 << 20};
+  return some;
+}
 void* thread_scratch(ScratchSlot slot, size_t bytes) {
   struct Buffer {
     void* data = nullptr;
