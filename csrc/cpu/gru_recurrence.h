@@ -48,7 +48,8 @@ inline int64_t least_rows(const GruParams& p, int64_t weights) {
 }
 
 // The work of threads is divided by sequences as far as that goes: between two parts of the units all states go from
-// one core to the other at every step. Not where larger weights would leave tiles uneven by a quarter.
+// one core to the other at every step. Not where larger weights would leave tiles uneven by a quarter, nor where
+// sequences end before others.
 inline Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
   const int64_t threads = greatest<int64_t>(p.pool.threads, 1);
   const auto parts = [&](int64_t tiles) {
@@ -56,7 +57,8 @@ inline Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
     return greatest<int64_t>(least(least(ceil_div(threads, p.D * tiles), blocks), work / kSplitWork), 1);
   };
   const auto uneven = [&](int64_t tiles) {
-    return weights > caches().second / 2 && 4 * tiles * round_up<int64_t>(ceil_div(p.B, tiles), kMR) > 5 * p.B;
+    const bool rows = p.N < p.T * p.B || 4 * tiles * round_up<int64_t>(ceil_div(p.B, tiles), kMR) > 5 * p.B;
+    return weights > caches().second / 2 && rows;
   };
   int64_t tiles = least(ceil_div(threads, p.D), ceil_div(p.B, least_rows(p, weights)));
   while (tiles > 1 && uneven(tiles) && parts(tiles - 1) > 1) --tiles;
