@@ -146,15 +146,18 @@ template <int kSide, class E> FASTLM_INLINE void transpose_square(const E* src, 
   for (int i = 0; i < kSide; ++i) __builtin_memcpy(dst + i * ldd, &r[i], 4 * kSide);
 }
 
-// dst[c * ldd + r] = src[r * lds + c], R rows of C columns.
+// dst[c * ldd + r] = src[r * lds + c], R rows of C columns. Pairs of bf16 at src may lie at any even address.
 template <class E>
 inline void transpose(int64_t R, int64_t C, const E* src, int64_t lds, E* dst, int64_t ldd) {
+  const auto move = [&](int64_t r, int64_t c) FASTLM_INLINED {
+    __builtin_memcpy(dst + c * ldd + r, src + r * lds + c, sizeof(E));
+  };
   int64_t r = 0;
   if constexpr (sizeof(E) == 4) {
     const auto four_rows = [&](int64_t r, int64_t c) FASTLM_INLINED {  // from column c on
       for (; c + 4 <= C; c += 4) transpose_square<4>(src + r * lds + c, lds, dst + c * ldd + r, ldd);
       for (; c < C; ++c)
-        for (int i = 0; i < 4; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+        for (int i = 0; i < 4; ++i) move(r + i, c);
     };
     constexpr int64_t kL = kLanes<E>;
     for (; r + kL <= R; r += kL) {
@@ -165,7 +168,7 @@ inline void transpose(int64_t R, int64_t C, const E* src, int64_t lds, E* dst, i
     for (; r + 4 <= R; r += 4) four_rows(r, 0);
   }
   for (; r < R; ++r)
-    for (int64_t c = 0; c < C; ++c) dst[c * ldd + r] = src[r * lds + c];
+    for (int64_t c = 0; c < C; ++c) move(r, c);
 }
 
 // n elements of a strided row, converted to the compute type.
