@@ -125,16 +125,8 @@ void pack_queries(const RowBlock<T>& rows, const S* src, AttentionStrides s, int
   if (rows.n < ld)
     for (int64_t k = 0; k < K; ++k)
       for (int64_t r = rows.n; r < ld; ++r) dst[k * ld + r] = E(0);
-  if constexpr (sizeof(S) == sizeof(E)) {
-    if (rows.one_head) {
-      transpose(rows.n, D, src + row_offset(rows, s, 0), s.t, dst, ld);
-      return;
-    }
-  }
-  for (int64_t r = 0; r < rows.n; ++r) {
-    if constexpr (kPair == 2) Pack<E>::along(D, src + row_offset(rows, s, r), 1, tmp + r * K);
-    else convert_row(D, src + row_offset(rows, s, r), 1, tmp + r * K);
-  }
+  if (rows.one_head) return pack_columns(rows.n, D, src + row_offset(rows, s, 0), s.t, dst, ld, tmp);
+  for (int64_t r = 0; r < rows.n; ++r) Pack<E>::along(D, src + row_offset(rows, s, r), 1, tmp + r * K);
   transpose(rows.n, K, tmp, K, dst, ld);
 }
 

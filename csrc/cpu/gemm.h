@@ -263,7 +263,7 @@ inline void pack_columns(int64_t n, int64_t K, const S* src, int64_t lds, E* dst
     return transpose(n, words, reinterpret_cast<const E*>(src), lds / kPair, dst, ldd);
   for (int64_t i = 0; i < n; i += kL) {
     const int64_t some = least(kL, n - i);
-    for (int64_t j = 0; j < some; ++j) Pack<E>::along(K, src + (i + j) * lds, 1, rows + j * words);
+    pack_rows(some, K, src + i * lds, lds, 1, rows, words);
     transpose(some, words, rows, words, dst + i, ldd);
   }
 }

@@ -152,8 +152,7 @@ void Forward<S>::step_normed(int64_t d, int64_t tile, int64_t part, int64_t phas
   const int64_t s = phase / 2, t = time(d, s), b = space.bounds[tile], H = p.H;
   const int64_t rows = least(space.bounds[tile + 1], active(p, t)) - b;
   if (rows <= 0) return;
-  const int64_t parts = space.division.parts, blocks = space.blocks, ldraw = space.ldraw;
-  const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+  const int64_t blocks = space.blocks, ldraw = space.ldraw, first = begin_of(part), last = begin_of(part + 1);
   F* raw = space.raw + (d * p.B + b) * ldraw;
   if (phase % 2 == 0) {
     hidden_products(d, b, rows, part, s, products(d, tile, s), [&](int64_t u, int64_t units, const F* c) {

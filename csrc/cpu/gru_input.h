@@ -225,7 +225,8 @@ template <class S> void Forward<S>::input_block(int64_t d, int64_t tile, int64_t
     E* packed = static_cast<E*>(thread_scratch(kScratchTile, size_t(rows * KI) * sizeof(E)));
     a = packed;
     each_time([&](int64_t t, int64_t n) {
-      for (int64_t m = 0; m < n; ++m, packed += KI) Pack<E>::along(I, x + (p.offsets[t] + b + m) * I, 1, packed);
+      pack_rows(n, I, x + (p.offsets[t] + b) * I, I, 1, packed, KI);
+      packed += n * KI;
     });
   }
   const F* const bias_x = bias(d, 0);

@@ -40,6 +40,7 @@ struct Division {
 
 // Below this many multiply-adds a step is too short to be worth the wait for other threads.
 inline constexpr int64_t kSplitWork = 32 * 1024;
+
 // Rows of a tile at least, each of which reads all of the packed weights at each step: a micro-tile's where they come
 // from a core's own cache, more where from one that cores share, as many as pay for memory's where they are larger.
 inline int64_t least_rows(const GruParams& p, int64_t weights) {
@@ -57,8 +58,8 @@ inline Division divide(const GruParams& p, int64_t blocks, int64_t weights) {
     return greatest<int64_t>(least(least(ceil_div(threads, p.D * tiles), blocks), work / kSplitWork), 1);
   };
   const auto uneven = [&](int64_t tiles) {
-    const bool rows = p.N < p.T * p.B || 4 * tiles * round_up<int64_t>(ceil_div(p.B, tiles), kMR) > 5 * p.B;
-    return weights > caches().second / 2 && rows;
+    return weights > caches().second / 2 &&
+           (p.N < p.T * p.B || 4 * tiles * round_up<int64_t>(ceil_div(p.B, tiles), kMR) > 5 * p.B);
   };
   int64_t tiles = least(ceil_div(threads, p.D), ceil_div(p.B, least_rows(p, weights)));
   while (tiles > 1 && uneven(tiles) && parts(tiles - 1) > 1) --tiles;

@@ -241,8 +241,7 @@ template <class S> struct LinearCrossEntropy {
         a = reinterpret_cast<const E*>(weight_row(v0)) + k0;
         lda = p.S * p.D / kPair;
       } else {
-        for (int64_t v = 0; v < M; ++v)
-          Pack<E>::along(least(K * kPair, p.D - d0), weight_row(v0 + v) + d0, 1, l.converted + v * kKC);
+        pack_rows(M, least(K * kPair, p.D - d0), weight_row(v0) + d0, p.S * p.D, 1, l.converted, kKC);
       }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t w = panel_width(panel);

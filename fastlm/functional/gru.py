@@ -198,12 +198,12 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         ValueError: a probability outside [0, 1].
         RuntimeError: shapes, dtypes or devices that do not fit; no time step; bad batch sizes.
     """
-    given = args
-    packed = len(args) == len(_GRU) and isinstance(args[2], Tensor)
     if kwargs or len(args) != len(_GRU):
         by_name = gru_arguments(args, kwargs)
         packed = "batch_sizes" in by_name
         given = [by_name[name] for name in (_GRU_PACKED if packed else _GRU)]
+    else:
+        given, packed = args, isinstance(args[2], Tensor)
     if packed:
         input, batch_sizes, hx, params, has_biases, layers, dropout, train, bidirectional = given
         batch_first = False
