@@ -6,12 +6,19 @@
 #define FASTLM_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 
 FASTLM_LIBRARY(fastlm, m) {
-  // attention: what is left out costs a small call next to nothing on its way, a None as much as a number
+  // attention: what is left out costs a small call little on its way, a None as much as a number; an eager call on a
+  // CPU that has no options takes plain_attention
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, "
       "Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? seed=None, "
       "float dropout_p=0.0, int window_left=-1, int window_right=-1, float softcap=0.0) "
       "-> (Tensor out, Tensor lse)");
+  m.def(
+      "plain_attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, bool enable_gqa) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "plain_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "bool is_causal) -> (Tensor dquery, Tensor dkey, Tensor dvalue)");
   m.def(
       "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
       "bool is_causal, float scale, Tensor? dlse=None, Tensor? attn_mask=None, Tensor? alibi_slopes=None, "

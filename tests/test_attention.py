@@ -454,6 +454,31 @@ def test_operators_without_their_options():
         torch.library.opcheck(backward, (*inputs, True, 0.3, *options))
 
 
+def test_operators_of_plain_calls():
+    """What a call without options takes on a CPU is the other operators' to the bit; what doesn't fit is refused."""
+    plain, general = torch.ops.fastlm.plain_attention_forward, torch.ops.fastlm.attention_forward
+    backward = torch.ops.fastlm.plain_attention_backward, torch.ops.fastlm.attention_backward
+    q, k, v = (torch.randn(2, H, T, 16) for H, T in ((4, 5), (2, 7), (2, 7)))
+    for is_causal in (False, True):
+        out, lse = plain(q, k, v, is_causal, True)
+        assert all(map(torch.equal, (out, lse), general(q, k, v, is_causal, 0.25)))
+        inputs = torch.randn_like(out), q, k, v, out, lse, is_causal
+        ours, theirs = backward[0](*inputs), backward[1](*inputs, 0.25)
+        assert all(map(torch.equal, ours, theirs[:3]))
+        torch.library.opcheck(plain, (q, k, v, is_causal, True))
+        torch.library.opcheck(backward[0], inputs)
+    for wrong, message in (
+        ((q, k, v, False, False), "enable_gqa"),
+        ((q, k, v.double(), False, True), "value has another dtype"),
+        ((q, k, v[:, :, 1:], False, True), "value has shape"),
+        ((q[0], k, v, False, True), "must be .B, H, T, D."),
+        ((q.to_sparse(), k, v, False, True), "Sparse"),
+        ((q.int(), k.int(), v.int(), False, True), "must be float64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            plain(*wrong)
+
+
 @pytest.mark.parametrize("is_causal", (False, True))
 @pytest.mark.parametrize("wanted", ((0, 1, 2), (1,), (0, 2)), ids=str)
 def test_second_derivatives_of_some_inputs(is_causal, wanted):

@@ -248,20 +248,39 @@ void run_forward(Call& c, const Tensor& out, const Tensor& lse, bool split_keys)
   kernels().attention.forward[c.dtype](p);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale,
-    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-    const OptionalTensor& seed, double dropout_p, int64_t window_left, int64_t window_right, double softcap) {
+std::tuple<Tensor, Tensor> dense_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                         const DenseOptions& options) {
   const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
-  Call c = dense_call("attention_forward", q, k, v,
-                      {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
-                       window_right, softcap});
+  Call c = dense_call("attention_forward", q, k, v, options);
   const Tensor out = empty_as(query, c.p.Dv);
   const Tensor lse = new_tensor({c.p.B, c.p.Hq, q.size(2)}, c.compute_type());
   c.p.os = {out.stride(1), out.stride(2)};
   for (int64_t b = 0; b < c.p.B; ++b) c.sequences[size_t(b)].out = b * out.stride(0);
   run_forward(c, out, lse, true);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale,
+    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& seed, double dropout_p, int64_t window_left, int64_t window_right, double softcap) {
+  return dense_forward(query, key, value,
+                       {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left, window_right,
+                        softcap});
+}
+
+// Those of a call that has none.
+DenseOptions no_options(bool is_causal, const Tensor& query) {
+  static const OptionalTensor none;
+  const int64_t D = query.dim() > 0 ? query.size(-1) : 0;
+  return {is_causal, D > 0 ? 1 / std::sqrt(double(D)) : 1, none, none, none, none, 0, -1, -1, 0};
+}
+
+std::tuple<Tensor, Tensor> plain_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                   bool is_causal, bool enable_gqa) {
+  STD_TORCH_CHECK(enable_gqa || (query.dim() == 4 && key.dim() == 4 && query.size(1) == key.size(1)),
+                  "fastlm::plain_attention_forward: fewer key heads need enable_gqa");
+  return dense_forward(query, key, value, no_options(is_causal, query));
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_forward(
@@ -334,35 +353,62 @@ void set_gradients(Call& c, const Gradients& g) {
   finish(c);
 }
 
+// A call of the backward over (B, H, T, D), and the gradients of query, key and value that it is to fill.
+struct DenseBackward {
+  static constexpr const char* op = "attention_backward";
+  const Tensor q, k, v, dout, out;
+  Call c;
+  Gradients g;
+
+  DenseBackward(const Tensor& dout_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out_,
+                const Tensor& lse, const OptionalTensor& dlse, const DenseOptions& options)
+      : q(rows_contiguous(query)), k(rows_contiguous(key)), v(rows_contiguous(value)), dout(rows_contiguous(dout_)),
+        out(rows_contiguous(out_)), c(dense_call(op, q, k, v, options)),
+        g{empty_as(query, c.p.D), empty_as(key, c.p.D), empty_as(value, c.p.Dv)} {
+    AttentionParams& p = c.p;
+    set_outputs(c, op, q, dout, dlse, out, lse);
+    p.os = {out.stride(1), out.stride(2)};
+    p.dos = {dout.stride(1), dout.stride(2)};
+    p.dqs = {g.dq.stride(1), g.dq.stride(2)};
+    p.dks = {g.dk.stride(1), g.dk.stride(2)};
+    p.dvs = {g.dv.stride(1), g.dv.stride(2)};
+    for (int64_t b = 0; b < p.B; ++b) {
+      AttentionSequence& s = c.sequences[size_t(b)];
+      s.out = b * out.stride(0);
+      s.dout = b * dout.stride(0);
+      s.dq = b * g.dq.stride(0);
+      s.dk = b * g.dk.stride(0);
+      s.dv = b * g.dv.stride(0);
+    }
+  }
+
+  void run() {
+    set_gradients(c, g);
+    kernels().attention.backward[c.dtype](c.p);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> plain_attention_backward(const Tensor& dout, const Tensor& query, const Tensor& key,
+                                                            const Tensor& value, const Tensor& out, const Tensor& lse,
+                                                            bool is_causal) {
+  DenseBackward backward(dout, query, key, value, out, lse, std::nullopt, no_options(is_causal, query));
+  backward.run();
+  return {backward.g.dq, backward.g.dk, backward.g.dv};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dout_, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out_,
+    const Tensor& dout, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
     const Tensor& lse, bool is_causal, double scale, const OptionalTensor& dlse, const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
     double dropout_p, int64_t window_left, int64_t window_right, double softcap, bool needs_mask,
     bool needs_slopes) {
-  const char* const op = "attention_backward";
-  const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
-  const Tensor dout = rows_contiguous(dout_), out = rows_contiguous(out_);
-  Call c = dense_call(op, q, k, v,
-                      {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
-                       window_right, softcap});
+  DenseBackward backward(dout, query, key, value, out, lse, dlse,
+                         {is_causal, scale, attn_mask, alibi_slopes, sinks, seed, dropout_p, window_left,
+                          window_right, softcap});
+  Call& c = backward.c;
   AttentionParams& p = c.p;
-  const int64_t Tq = q.size(2), Tk = k.size(2);
-  set_outputs(c, op, q, dout, dlse, out, lse);
-  const Gradients g{empty_as(query, p.D), empty_as(key, p.D), empty_as(value, p.Dv)};
-  p.os = {out.stride(1), out.stride(2)};
-  p.dos = {dout.stride(1), dout.stride(2)};
-  p.dqs = {g.dq.stride(1), g.dq.stride(2)};
-  p.dks = {g.dk.stride(1), g.dk.stride(2)};
-  p.dvs = {g.dv.stride(1), g.dv.stride(2)};
-  for (int64_t b = 0; b < p.B; ++b) {
-    AttentionSequence& s = c.sequences[size_t(b)];
-    s.out = b * out.stride(0);
-    s.dout = b * dout.stride(0);
-    s.dq = b * g.dq.stride(0);
-    s.dk = b * g.dk.stride(0);
-    s.dv = b * g.dv.stride(0);
-  }
+  const char* const op = backward.op;
+  const int64_t Tq = query.size(2), Tk = key.size(2);
   const ScalarType wide = c.compute_type();
   Tensor dmask, dslopes, dsinks;  // None where nobody asks for them
   if (sinks) {
@@ -383,10 +429,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (empty) torch::stable::zero_(dslopes);
     else p.dslopes = c.hold_mutable(dslopes);
   }
-  set_gradients(c, g);
-  kernels().attention.backward[c.dtype](p);
+  backward.run();
   if (p.dbias || p.dslopes) kernels().attention.bias_backward[c.dtype](p);
-  return {g.dq, g.dk, g.dv, dmask, dslopes, dsinks};
+  return {backward.g.dq, backward.g.dk, backward.g.dv, dmask, dslopes, dsinks};
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
@@ -431,8 +476,10 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("plain_attention_backward", TORCH_BOX(&plain_attention_backward));
   m.impl("varlen_attention_backward", TORCH_BOX(&varlen_attention_backward));
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("plain_attention_forward", TORCH_BOX(&plain_attention_forward));
   m.impl("varlen_attention_forward", TORCH_BOX(&varlen_attention_forward));
 }
 

@@ -22,6 +22,7 @@ from fastlm.ops import (
     autocast_is_on,
     autocast_is_on_somewhere,
     choose_backend,
+    dispatch_modes,
     transforms_are_off,
     under_transform,
 )
@@ -32,12 +33,15 @@ def _attention_error(message: str) -> UnfitValue:
     return UnfitValue(f"fastlm.scaled_dot_product_attention: {message}")
 
 
+_NO_WINDOW = (-1, -1)
+
+
 def _is_no_window(window_size) -> bool:
     return (
         type(window_size) is tuple
         and len(window_size) == 2
         and type(window_size[0]) is type(window_size[1]) is int
-        and window_size == (-1, -1)
+        and window_size == _NO_WINDOW
     )
 
 
@@ -63,42 +67,34 @@ def _check_scale(name: str, scale: float | None, query: Tensor) -> float:
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor | None:
-    """The result of a call without options on tensors as they mostly come, by the shortest way; None for any
-    other, which the caller's checks are for."""
-    if (
-        type(is_causal) is not bool
-        or is_dynamo_compiling()
-        or autocast_is_on_somewhere()
-        or not transforms_are_off()
-        or (shape := _usual_shape(query, key, value, enable_gqa)) is None
-    ):
+    """The result of an eager call without options, by the shortest way; None for tensors that it is not for, which
+    the caller's checks are for."""
+    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN and query.dim() == 4):
         return None
-    backend = choose_backend("scaled_dot_product_attention", query, value=value)
-    if backend == "eager":
+    try:
+        backend = choose_backend("scaled_dot_product_attention", query, value=value)
+        if backend != "cpu" and (backend == "eager" or not _are_usual(query, key, value, enable_gqa)):
+            return None
+        return ops_attention.plain_attention(query, key, value, is_causal, enable_gqa, backend)
+    except RuntimeError:  # from the CPU's operator, which asks what _are_usual does, in less time
         return None
-    return ops_attention.plain_attention(
-        backend, query, key, value, is_causal, ops_attention.default_scale(shape[3])
-    )
 
 
-def _usual_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> torch.Size | None:
-    """That of query, if these are dense (B, H, T, D) that fit, as they mostly come: a quarter of the time that
-    the checks below take, which any others go through."""
-    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
-        return None
-    if query.is_nested or key.is_nested or value.is_nested:
-        return None
-    q, k, v, dtype = query.shape, key.shape, value.shape, query.dtype
-    fit = (
-        len(q) == 4
-        and (q == k == v or _fit(q, k, v, enable_gqa))
-        and dtype in KERNEL_DTYPES
-        and key.dtype is dtype
-        and value.dtype is dtype
-        and (key.is_cpu and value.is_cpu if query.is_cpu else query.device == key.device == value.device)
+def _are_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether these are dense (B, H, T, D) that fit, as they mostly come: a quarter of the time that the checks
+    below take, which any others go through."""
+    return (
+        type(query) in PLAIN
+        and type(key) in PLAIN
+        and type(value) in PLAIN
+        and not (query.is_nested or key.is_nested or value.is_nested)
+        and (dtype := query.dtype) in KERNEL_DTYPES
+        and key.dtype is dtype is value.dtype
         and query.layout is key.layout is value.layout is torch.strided
+        and (key.is_cpu and value.is_cpu if query.is_cpu else query.device == key.device == value.device)
+        and len(q := query.shape) == 4
+        and (q == key.shape == value.shape or _fit(q, key.shape, value.shape, enable_gqa))
     )
-    return q if fit else None
 
 
 def _fit(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> bool:
@@ -244,7 +240,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: tuple[int, int] = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -298,15 +294,18 @@ def scaled_dot_product_attention(
 
     Method: FlashAttention-2 (arXiv:2307.08691) with online softmax (arXiv:1805.02867).
     """
+    # A call without options on tensors as they mostly come takes the shortest way; the checks below are for any other.
     if (
         attn_mask is alibi_slopes is sinks is scale is None
-        and type(softcap) is float
-        and type(dropout_p) in (float, int)
-        and dropout_p == softcap == 0
-        and type(enable_gqa) is bool
         and return_lse is False
-        and _is_no_window(window_size)
-        and not has_torch_function_variadic(query, key, value)
+        and type(is_causal) is type(enable_gqa) is bool
+        and type(dropout_p) in (float, int)
+        and type(softcap) is float
+        and dropout_p == softcap == 0
+        and (window_size is _NO_WINDOW or _is_no_window(window_size))
+        and not (is_dynamo_compiling() or has_torch_function_variadic(query, key, value) or autocast_is_on_somewhere())
+        and transforms_are_off()
+        and not dispatch_modes()
         and (out := _plain(query, key, value, is_causal, enable_gqa)) is not None
     ):
         return out
@@ -333,7 +332,7 @@ def scaled_dot_product_attention(
         )
     for label, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         check_flag("fastlm.scaled_dot_product_attention", label, flag)
-    usual = _usual_shape(query, key, value, enable_gqa) is not None
+    usual = _are_usual(query, key, value, enable_gqa)
     if not usual:
         _check_attention_inputs(query, key, value)
     if attn_mask is not None:

@@ -279,6 +279,7 @@ _AUTOCAST = frozenset(
 
 
 autocast_is_on_somewhere = torch._C._is_any_autocast_enabled
+dispatch_modes = torch._C._len_torch_dispatch_stack  # how many see operators of plain tensors, as a counter does
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -328,7 +329,7 @@ def are_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
             return False
     return not (
         _forced == "eager"
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_modes() > 0
         or torch._C._len_torch_function_stack() > 0
         or under_transform(*tensors)
     )
@@ -337,7 +338,7 @@ def are_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
 def is_recorded(gradient: torch.Tensor) -> bool:
     """Whether a backward's own operations are watched: a graph of it is made, it is batched, or a mode sees them.
     torch's operators serve it then."""
-    return torch.is_grad_enabled() or batched(gradient) or torch._C._len_torch_dispatch_stack() > 0
+    return torch.is_grad_enabled() or batched(gradient) or dispatch_modes() > 0
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:

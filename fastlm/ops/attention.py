@@ -14,6 +14,7 @@ from fastlm.ops import (
     batched,
     choose_backend,
     eager_call,
+    is_recorded,
     kernel,
     reference_backward,
     register_autograd,
@@ -22,8 +23,6 @@ from fastlm.ops import (
 )
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -40,10 +39,18 @@ def _empty_as(like: Tensor, D: int) -> Tensor:
     return like.new_empty(B, H, T, D)
 
 
-@register_fake("attention_forward")
-def _(query, key, value, is_causal, scale, *options):
+def _forward_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[:-1], dtype=compute_dtype(query.dtype))
     return _empty_as(query, value.size(-1)), lse
+
+
+def _input_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_empty_as(x, x.size(-1)) for x in inputs)
+
+
+@register_fake("attention_forward")
+def _(query, key, value, is_causal, scale, *options):
+    return _forward_results(query, value)
 
 
 @register_fake("attention_backward")
@@ -51,7 +58,7 @@ def _(
     dout, query, key, value, out, lse, is_causal, scale, dlse=None, attn_mask=None, alibi_slopes=None, sinks=None,
     seed=None, dropout_p=0.0, left=-1, right=-1, softcap=0.0, needs_mask=False, needs_slopes=False,
 ):  # fmt: skip
-    dq, dk, dv = (_empty_as(x, x.size(-1)) for x in (query, key, value))
+    dq, dk, dv = _input_gradients(query, key, value)
     dmask = lse.new_empty(attn_mask.shape) if needs_mask else None
     dslopes = lse.new_empty(alibi_slopes.shape) if needs_slopes else None
     return dq, dk, dv, dmask, dslopes, None if sinks is None else lse.new_empty(sinks.shape)
@@ -66,6 +73,25 @@ def _(query, key, value, cu_q, cu_k, seqused_k, block_table, max_q, max_k, left,
 @register_fake("varlen_attention_backward")
 def _(dout, dlse, query, key, value, out, lse, cu_q, cu_k, max_q, max_k, left, right, scale):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+# Eager calls without options on a CPU have operators of their own. Neither OpOverload's function in Python nor anything
+# of autograd's stands before them, which would take a third of a small call.
+_library = torch.library.Library("fastlm", "IMPL")
+for _name in ("plain_attention_forward", "plain_attention_backward"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+_plain_forward = torch.ops.fastlm.plain_attention_forward.default._op
+_plain_backward = torch.ops.fastlm.plain_attention_backward.default._op
+
+
+@torch.library.register_fake("fastlm::plain_attention_forward")
+def _(query, key, value, is_causal, enable_gqa):
+    return _forward_results(query, value)
+
+
+@torch.library.register_fake("fastlm::plain_attention_backward")
+def _(dout, query, key, value, out, lse, is_causal):
+    return _input_gradients(query, key, value)
 
 
 # ---- autograd: each pair of functions serves torch.library and the eager autograd.Function ----
@@ -180,27 +206,30 @@ class _PlainAttention(torch.autograd.Function):
     """Of a call without mask, slopes, sinks and dropout: less to keep and to give back."""
 
     @staticmethod
-    def forward(ctx, query, key, value, is_causal, scale, op):
-        with _below_autograd():
-            out, lse = op(query, key, value, is_causal, scale)
+    def forward(ctx, query, key, value, options):
+        out, lse = _plain(query, key, value, *options)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = is_causal, scale
+        ctx.is_causal = options[0]
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         if dout is None:
-            return (None,) * 6
+            return (None,) * 4
         query, key, value, out, lse = ctx.saved_tensors
         backend = choose_backend("scaled_dot_product_attention", query, value=value, backward=True)
+        if backend == "cpu" and not is_recorded(dout):
+            dq, dk, dv = _plain_backward(dout, query, key, value, out, lse, ctx.is_causal)
+            return dq, dk, dv, None
+        scale = default_scale(query.shape[3])
         if _is_for_formula(backend, dout):
-            needs = ctx.needs_input_grad[:3]
-            dq, dk, dv = reference_backward(_formula(*ctx.options), (query, key, value), needs, (dout, None))
+            needs, formula = ctx.needs_input_grad[:3], _formula(ctx.is_causal, scale)
+            dq, dk, dv = reference_backward(formula, (query, key, value), needs, (dout, None))
         else:
             op = kernel(backend, "attention_backward")
-            dq, dk, dv, _, _, _ = op(dout, query, key, value, out, lse, *ctx.options)
-        return dq, dk, dv, None, None, None
+            dq, dk, dv, _, _, _ = op(dout, query, key, value, out, lse, ctx.is_causal, scale)
+        return dq, dk, dv, None
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -240,15 +269,19 @@ def attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor,
     return _run(kernel(backend, "attention_forward"), _attention, inputs, differentiable, return_lse)
 
 
-def plain_attention(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-) -> Tensor:
-    """out of a call without options."""
-    op = kernel(backend, "attention_forward")
-    if requires_grad(query, key, value):
-        return _plain_attention(query, key, value, is_causal, scale, op)
+def _plain(query, key, value, is_causal, enable_gqa, backend):
+    if backend == "cpu":
+        return _plain_forward(query, key, value, is_causal, enable_gqa)
     with _below_autograd():
-        return op(query, key, value, is_causal, scale)[0]
+        return kernel(backend, "attention_forward")(query, key, value, is_causal, default_scale(query.shape[3]))
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, *options) -> Tensor:
+    """out of an eager call without options but is_causal, enable_gqa and the backend; the CPU's operator refuses
+    tensors that don't fit."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _plain_attention(query, key, value, options)
+    return _plain(query, key, value, *options)[0]
 
 
 def varlen_attention(backend: str, return_lse: bool, *inputs) -> Tensor | tuple[Tensor, Tensor]:
