@@ -1,8 +1,8 @@
 // Memory of large results. What malloc maps, or gives back when its top is free, is new memory the next time, whose
 // pages the system clears before they are written: a cross-entropy waits as long for that as it computes, and a sixth
 // of a training step goes by in page faults. So the memory of a freed result is kept for the next one, in huge pages.
-// The system may take its pages back whenever it runs short (MADV_FREE), and a forked process gets none of them
-// (MADV_WIPEONFORK).
+// The system may take back all but what was freed last whenever it runs short (MADV_FREE, which takes as long as a
+// seventh of what wrote the memory), and a forked process gets nothing that is kept (MADV_WIPEONFORK).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,6 +19,7 @@ namespace fastlm {
 class KeptMemory {
  public:
   static constexpr size_t kLeast = size_t(1) << 20;
+  static constexpr size_t kHeld = size_t(256) << 20;  // of what is kept, not left to the system
 
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_WIPEONFORK) && defined(MADV_HUGEPAGE)
   // A block of at least so many bytes, aligned to a huge page; null where the system refuses. `size` is the
@@ -36,11 +37,8 @@ class KeptMemory {
   static void give(void* data, size_t size) {
     used -= size;
     std::vector<Block> surplus;
-    if (madvise(data, size, MADV_WIPEONFORK) || madvise(data, size, MADV_FREE)) {
-      surplus.push_back({data, size});
-    } else {
-      surplus = keep({data, size});
-    }
+    if (madvise(data, size, MADV_WIPEONFORK)) surplus.push_back({data, size});
+    else surplus = keep({data, size, true});
     for (const Block& b : surplus) munmap(b.data, b.size);
   }
 
@@ -48,6 +46,7 @@ class KeptMemory {
   struct Block {
     void* data = nullptr;
     size_t size = 0;
+    bool held = false;
   };
 
   // The blocks for one thread, unless another has them. Nobody waits: a process may have been forked meanwhile.
@@ -82,7 +81,7 @@ class KeptMemory {
     return found;
   }
 
-  // Returns what is too much then: no more is kept than was once in use.
+  // Returns what is too much then: no more is kept than was once in use. The last that were given stay held.
   static std::vector<Block> keep(Block b) {
     const Hold hold;
     if (!hold.mine) return {b};
@@ -93,6 +92,9 @@ class KeptMemory {
     for (; kept > most_used; ++end) kept -= end->size;
     std::vector<Block> surplus(all.begin(), end);
     all.erase(all.begin(), end);
+    size_t held = 0;
+    for (auto i = all.rbegin(); i != all.rend(); ++i)
+      if (i->held && (held += i->size) > kHeld) i->held = madvise(i->data, i->size, MADV_FREE) != 0;
     return surplus;
   }
 
