@@ -7,17 +7,20 @@ from typing import overload
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from fastlm import reference
 from fastlm.functional.arguments import check_flag, check_integer, check_tensor
 from fastlm.ops import (
     KERNEL_DTYPES,
+    PLAIN,
     autocast_is_on,
     autocast_is_on_somewhere,
     choose_backend,
     is_tiny,
     memory,
+    transforms_are_off,
 )
 from fastlm.ops import gru as ops_gru
 
@@ -118,6 +121,44 @@ def _check_batch_sizes(batch_sizes: Tensor, data: Tensor, B: int) -> None:
         raise RuntimeError(f"fastlm.gru: hx has batch size {B}, expected {sizes[0]} (batch_sizes[0])")
 
 
+def _one_layer(
+    input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+) -> tuple[Tensor, Tensor] | None:
+    """The results of an eager call on a CPU for one layer, by the shortest way; None for arguments that it is not
+    for, which the caller's checks are for. The operator asks of the tensors what these do, in less time."""
+    if not (
+        type(num_layers) is int
+        and num_layers == 1
+        and batch_first is False
+        and type(has_biases) is type(train) is type(bidirectional) is bool
+        and type(dropout) is float
+        and 0.0 <= dropout <= 1.0
+        and type(params) is list
+        and len(params) == (2 + 2 * has_biases) * (1 + bidirectional)
+        and type(input) in PLAIN
+        and type(hx) in PLAIN
+        and PLAIN.issuperset(map(type, params))
+        and not (is_dynamo_compiling() or has_torch_function_variadic(input, hx) or autocast_is_on_somewhere())
+        and transforms_are_off()
+        and input.is_cpu
+        and input.dim() == 3
+        and input.numel() > 0
+    ):
+        return None
+    try:
+        if choose_backend("gru", input) != "cpu":
+            return None
+        output, hn = ops_gru.gru_layer("cpu", input, None, hx, params, has_biases, False, None, 0.0)
+    except RuntimeError:
+        return None
+    return _own(output), hn
+
+
+def _own(output: Tensor) -> Tensor:
+    """One that may be changed in place, as torch's: the backward reads the other."""
+    return output.clone() if output.requires_grad else output
+
+
 def _run_gru(function, stack, tensors, dtype, arguments):
     """Calls stack(layer, *arguments) with tensors cast to dtype, if autocast wants one. As in torch.nn.GRU: a GPU's
     autocast casts the states too, on a CPU they keep the dtype that promotion gives them."""
@@ -198,6 +239,15 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
         ValueError: a probability outside [0, 1].
         RuntimeError: shapes, dtypes or devices that do not fit; no time step; bad batch sizes.
     """
+    if (
+        layer_norm is None
+        and type(zoneout) is type(recurrent_dropout) is float
+        and zoneout == recurrent_dropout == 0.0
+        and not kwargs
+        and len(args) == len(_GRU)
+        and (results := _one_layer(*args)) is not None
+    ):
+        return results
     if kwargs or len(args) != len(_GRU):
         by_name = gru_arguments(args, kwargs)
         packed = "batch_sizes" in by_name
@@ -291,12 +341,8 @@ def gru(*args, zoneout=0.0, recurrent_dropout=0.0, layer_norm=None, **kwargs):
             (input, batch_sizes, hx, params, bool(has_biases), layers, dropout, bool(train),
              bool(bidirectional), zoneout, recurrent_dropout, layer_norm or None),
         )  # fmt: skip
-        if (
-            output.requires_grad
-            and output.dtype is (dtype or input.dtype)
-            and not torch.compiler.is_compiling()
-        ):
-            output = output.clone()  # the backward reads the other: this may be changed in place, as torch's
+        if output.dtype is (dtype or input.dtype) and not torch.compiler.is_compiling():
+            output = _own(output)
     return output.transpose(0, 1) if batch_first else output, hn
 
 

@@ -244,8 +244,8 @@ def _is_real(x) -> bool:
     )
 
 
-def register_fake(operator: str):
-    """torch.library.register_fake for the operator of every family."""
+def register_fake(operator: str, namespace: str | None = None):
+    """torch.library.register_fake for the operator of every family, or of the one namespace that has it."""
 
     def decorate(function):
         def fake(*args):
@@ -253,7 +253,13 @@ def register_fake(operator: str):
                 raise RuntimeError(f"fastlm::{operator}: tensors on several devices, expected all on meta")
             return function(*args)
 
-        for_namespaces(lambda namespace: torch.library.register_fake(f"{namespace}::{operator}", fake))
+        def register(namespace):
+            torch.library.register_fake(f"{namespace}::{operator}", fake)
+
+        if namespace is None:
+            for_namespaces(register)
+        else:
+            register(namespace)
         return function
 
     return decorate

@@ -84,12 +84,12 @@ _plain_forward = torch.ops.fastlm.plain_attention_forward.default._op
 _plain_backward = torch.ops.fastlm.plain_attention_backward.default._op
 
 
-@torch.library.register_fake("fastlm::plain_attention_forward")
+@register_fake("plain_attention_forward", "fastlm")
 def _(query, key, value, is_causal, enable_gqa):
     return _forward_results(query, value)
 
 
-@torch.library.register_fake("fastlm::plain_attention_backward")
+@register_fake("plain_attention_backward", "fastlm")
 def _(dout, query, key, value, out, lse, is_causal):
     return _input_gradients(query, key, value)
 
