@@ -303,7 +303,11 @@ def scaled_dot_product_attention(
         and type(softcap) is float
         and dropout_p == softcap == 0
         and (window_size is _NO_WINDOW or _is_no_window(window_size))
-        and not (is_dynamo_compiling() or has_torch_function_variadic(query, key, value) or autocast_is_on_somewhere())
+        and not (
+            is_dynamo_compiling()
+            or has_torch_function_variadic(query, key, value)
+            or autocast_is_on_somewhere()
+        )
         and transforms_are_off()
         and not dispatch_modes()
         and (out := _plain(query, key, value, is_causal, enable_gqa)) is not None

@@ -138,7 +138,9 @@ def _one_layer(
         and type(input) in PLAIN
         and type(hx) in PLAIN
         and PLAIN.issuperset(map(type, params))
-        and not (is_dynamo_compiling() or has_torch_function_variadic(input, hx) or autocast_is_on_somewhere())
+        and not (
+            is_dynamo_compiling() or has_torch_function_variadic(input, hx) or autocast_is_on_somewhere()
+        )
         and transforms_are_off()
         and input.is_cpu
         and input.dim() == 3

@@ -285,7 +285,9 @@ _AUTOCAST = frozenset(
 
 
 autocast_is_on_somewhere = torch._C._is_any_autocast_enabled
-dispatch_modes = torch._C._len_torch_dispatch_stack  # how many see operators of plain tensors, as a counter does
+dispatch_modes = (
+    torch._C._len_torch_dispatch_stack
+)  # how many see operators of plain tensors, as a counter does
 
 
 def autocast_is_on(device: torch.device) -> bool:

@@ -23,6 +23,8 @@ from fastlm.ops import (
 )
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -273,7 +275,9 @@ def _plain(query, key, value, is_causal, enable_gqa, backend):
     if backend == "cpu":
         return _plain_forward(query, key, value, is_causal, enable_gqa)
     with _below_autograd():
-        return kernel(backend, "attention_forward")(query, key, value, is_causal, default_scale(query.shape[3]))
+        return kernel(backend, "attention_forward")(
+            query, key, value, is_causal, default_scale(query.shape[3])
+        )
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, *options) -> Tensor:
