@@ -17,7 +17,7 @@ from fastlm.ops.cross_entropy import compute_dtype
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
-_OFF = 0.0  # the default of options, known by its identity
+_OFF, _IGNORED = 0.0, -100  # defaults, known by their identity
 _int64 = torch.int64
 
 
@@ -140,7 +140,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = _IGNORED,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = _OFF,
@@ -215,9 +215,10 @@ def cross_entropy(
         and (input.ndim > 1 or target.ndim == 0)  # of (C) and (1) PyTorch has no gradient
     ):
         try:
-            return torch._C._nn.cross_entropy_loss(
-                input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-            )
+            code = _REDUCTIONS[reduction]
+            if weight is None and ignore_index is _IGNORED and label_smoothing is _OFF:  # what it need not read
+                return torch._C._nn.cross_entropy_loss(input, target, reduction=code)
+            return torch._C._nn.cross_entropy_loss(input, target, weight, code, ignore_index, label_smoothing)
         except (LookupError, RuntimeError, TypeError, ValueError):
             pass  # arguments that don't fit: the checks below say so
     name = "fastlm.cross_entropy"

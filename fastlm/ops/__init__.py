@@ -189,10 +189,14 @@ def is_tiny(function: str, tensor: torch.Tensor) -> bool:
     """Whether plain PyTorch serves a call of this tensor's size (see TINY) on the CPU, since it is faster.
     Never where a backend is forced, in a compiled or exported program, whose calls cost less, or in a trace,
     which is for any size."""
-    if _forced is not None or type(tensor) not in PLAIN or is_dynamo_compiling() or not tensor.is_cpu:
-        return False
-    size = tensor.numel()
-    return type(size) is int and 0 < size <= TINY[function]  # a tensor in a trace
+    return (
+        _forced is None
+        and type(tensor) in PLAIN
+        and not is_dynamo_compiling()
+        and tensor.is_cpu
+        and type(size := tensor.numel()) is int  # a tensor in a trace
+        and 0 < size <= TINY[function]
+    )
 
 
 def _refusal(family, function: str, tensor: torch.Tensor) -> str | None:
