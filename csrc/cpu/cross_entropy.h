@@ -12,7 +12,8 @@
 // is known in the forward, the exponentials are kept in the second level, and the gradient is a
 // multiple of them, written while the next row is read. The backward otherwise needs x and lse. Two
 // layouts: classes contiguous in memory (a row is a token) or positions contiguous (lanes are tokens,
-// the softmax is vertical), so that neither (N, T, C).transpose(1, 2) nor an image is transposed.
+// the softmax is vertical), so that neither (N, T, C).transpose(1, 2) nor an image is transposed. Short
+// rows are, in the cache, since lanes that are classes would wait for each token's sum and logarithm.
 #pragma once
 #include "token_loss.h"
 
@@ -39,6 +40,7 @@ struct CrossEntropyKernels {
 }  // namespace fastlm
 
 #ifdef FASTLM_ISA
+#include "gemm.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -371,11 +373,16 @@ template <class S> static void run_rows(const CrossEntropyParams& p) {
   });
 }
 
-// ---- positions contiguous: lanes are tokens ----
+// ---- positions contiguous, or short rows: lanes are tokens ----
 
-// A tile is kTileVecs vectors of positions of one n; classes go by in blocks.
+// A tile is kTileVecs vectors of positions of one n, or of rows; classes go by in blocks.
 inline constexpr int kTileVecs = 4;
 inline constexpr int64_t kClassBlock = 32;
+inline constexpr int64_t kShortRow = 32;  // classes
+
+FASTLM_INLINE bool has_short_rows(const CrossEntropyParams& p) {
+  return p.rows && p.C <= kShortRow && p.S == 1 && p.token.target;
+}
 
 template <class S> struct Tile {
   using T = compute_t<S>;
@@ -383,7 +390,7 @@ template <class S> struct Tile {
   static constexpr int kL = kLanes<T>;
   static constexpr int64_t kWidth = kTileVecs * kL;
   const CrossEntropyParams& p;
-  const S* x;     // x(c, j) at x[c * input_at.c + j]
+  const S* x;     // x(c, j) at x[c * input_at.c + j], or of short rows at x[j * input_at.n + c]
   const S* q;     // q(c, j) at q[c * probs_at.c + j * probs_at.s], or null
   int64_t i;      // of the first position
   int64_t width;  // 1 .. kWidth
@@ -392,8 +399,43 @@ template <class S> struct Tile {
 
   template <class F> FASTLM_INLINE void each(const F& f) const { each_vector<T>(width, f); }
 
+  // The rows' classes from c0 on, as [n][kWidth].
+  void take_rows(int64_t c0, int64_t n) const {
+    const int64_t ld = p.input_at.n;
+    if constexpr (kSame<S, T>) {
+      transpose(width, n, x + c0, ld, values, kWidth);
+    } else {
+      if (ld == n) convert_row(width * n, x, 1, mixed);
+      else
+        for (int64_t j = 0; j < width; ++j) convert_row(n, x + j * ld + c0, 1, mixed + j * n);
+      transpose(width, n, mixed, n, values, kWidth);
+    }
+  }
+  // The other way.
+  void put_rows(S* dx, int64_t c0, int64_t n) const {
+    const int64_t ld = p.dinput_at.n;
+    if constexpr (kSame<S, T>) {
+      transpose(n, width, values, kWidth, dx + c0, ld);
+    } else {
+      const auto put = [](const T* from, int64_t n, S* to) {
+        each_vector<T>(n, [&](int64_t c, auto w) { store(to + c, load<T>(from + c, w), w); });
+      };
+      transpose(n, width, values, kWidth, mixed, n);
+      if (ld == n) put(mixed, width * n, dx);
+      else
+        for (int64_t j = 0; j < width; ++j) put(mixed + j * n, n, dx + j * ld + c0);
+    }
+  }
+
   void block(int64_t c0, int64_t n) const {
     const T cap = T(p.token.softcap);
+    if (p.rows) {
+      take_rows(c0, n);
+      if (cap != 0)
+        for (int64_t c = 0; c < n; ++c)
+          each([&](int64_t j, auto) { store(values + c * kWidth + j, capped(load(values + c * kWidth + j), cap)); });
+      return;
+    }
     for (int64_t c = 0; c < n; ++c)
       each([&](int64_t j, auto w) {
         const V v = load<T>(x + (c0 + c) * p.input_at.c + j, w);
@@ -454,10 +496,13 @@ template <class S> struct Tile {
           if (y >= 0 && y < n) x_y[j] = values[y * kWidth + j];
         }
     }
+    double log_sum[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) log_sum[j] = double(sum[j]);
+    for (int64_t j = 0; j < width; j += kLanes<double>) store(log_sum + j, log(load(log_sum + j)));
     for (int64_t j = 0; j < width; ++j) {
       const bool ignored = t.target && t.target[i + j] == t.ignore_index;
       const Sums<T> sums{r[j], double(mass[j]), double(dot[j])};
-      store_lse<T>(t, i + j, double(finite_max(m[j])), log(double(sum[j])));
+      store_lse<T>(t, i + j, double(finite_max(m[j])), log_sum[j]);
       static_cast<T*>(t.loss)[i + j] = ignored ? T(0) : token_loss(t, p.C, i + j, x_y[j], sums);
     }
   }
@@ -508,15 +553,18 @@ template <class S> struct Tile {
           const int64_t c = y[j] - c0;
           T slope = 1;
           if (cap != 0) {
-            const T v = capped(splat(to_compute(x[y[j] * p.input_at.c + j])), cap)[0];
+            const int64_t at = p.rows ? j * p.input_at.n + y[j] : y[j] * p.input_at.c + j;
+            const T v = capped(splat(to_compute(x[at])), cap)[0];
             slope = capped_slope(splat(v), cap)[0];
           }
           values[c * kWidth + j] -= b[j] * slope;
         }
-      for (int64_t c = 0; c < n; ++c)
-        each([&](int64_t j, auto w) {
-          store(dx + (c0 + c) * p.dinput_at.c + j, load(values + c * kWidth + j), w);
-        });
+      if (p.rows) put_rows(dx, c0, n);
+      else
+        for (int64_t c = 0; c < n; ++c)
+          each([&](int64_t j, auto w) {
+            store(dx + (c0 + c) * p.dinput_at.c + j, load(values + c * kWidth + j), w);
+          });
     }
   }
 
@@ -543,28 +591,29 @@ template <class S> static void run_tiles(const CrossEntropyParams& p) {
   using T = compute_t<S>;
   constexpr int64_t kWidth = Tile<S>::kWidth;
   const TokenLoss& t = p.token;
-  const int64_t tiles = ceil_div(p.S, kWidth);
+  const int64_t positions = p.rows ? p.N : p.S, tiles = ceil_div(positions, kWidth);
   const int64_t grain = greatest<int64_t>(1, 16384 / greatest<int64_t>(p.C * kWidth, 1));
-  parallel(p.pool, p.N * tiles, grain, [&](int64_t begin, int64_t end) {
+  // Of the position s, in elements.
+  const auto offset = [&](const Strides& at, int64_t n, int64_t s) { return n * at.n + s * (p.rows ? at.n : at.s); };
+  parallel(p.pool, (p.rows ? 1 : p.N) * tiles, grain, [&](int64_t begin, int64_t end) {
     constexpr int64_t kValues = kClassBlock * kWidth;
     T* const scratch = static_cast<T*>(thread_scratch(kScratchKernel, 2 * kValues * sizeof(T)));
     T mass[kWidth];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / tiles, s = item % tiles * kWidth;
-      const int64_t at_q = n * t.probs_at.n + s * t.probs_at.s;
-      const Tile<S> tile{p, static_cast<const S*>(p.input) + n * p.input_at.n + s,
-                         t.probs ? static_cast<const S*>(t.probs) + at_q : nullptr, n * p.S + s,
-                         least(kWidth, p.S - s), scratch, scratch + kValues};
+      const Tile<S> tile{p, static_cast<const S*>(p.input) + offset(p.input_at, n, s),
+                         t.probs ? static_cast<const S*>(t.probs) + offset(t.probs_at, n, s) : nullptr, n * p.S + s,
+                         least(kWidth, positions - s), scratch, scratch + kValues};
       if (p.forward) tile.forward(mass);
       else tile.sum_mass(mass);
-      if (p.dinput) tile.gradient(static_cast<S*>(p.dinput) + n * p.dinput_at.n + s, mass);
-      if (p.dprobs) tile.probability_gradient(static_cast<S*>(p.dprobs) + n * p.dprobs_at.n + s * p.dprobs_at.s);
+      if (p.dinput) tile.gradient(static_cast<S*>(p.dinput) + offset(p.dinput_at, n, s), mass);
+      if (p.dprobs) tile.probability_gradient(static_cast<S*>(p.dprobs) + offset(p.dprobs_at, n, s));
     }
   });
 }
 
 template <class S> static void run_cross_entropy(const CrossEntropyParams& p) {
-  if (p.rows) run_rows<S>(p);
+  if (p.rows && !has_short_rows(p)) run_rows<S>(p);
   else run_tiles<S>(p);
 }
 

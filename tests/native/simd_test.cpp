@@ -51,6 +51,17 @@ template <class T> void test_functions() {
   for (int i = 0; i <= 20000; ++i) check(bottom + (top - bottom) * i / 20000);
   for (int i = 0; i <= 20000; ++i) check_sigmoid(bottom + (top - bottom) * i / 20000);
   for (int i = -4000; i <= 4000; ++i) check(i / 1999.0);
+  if constexpr (sizeof(T) == 8) {
+    for (int i = -20000; i <= 20000; ++i)
+      for (double x : {1 + i / 40000.0, std::exp(i / 30.0), 1 + std::ldexp(1.0, -i / 400), std::sqrt(0.5) + i * 0x1p-52})
+        expect(ulps<T>(log(splat(x))[0], std::log(x)) <= 2, "log", x);
+    for (double x : {0.0, -0.0, -1.0, 0x1p-1060, std::numeric_limits<double>::infinity(), double(NAN)}) {
+      Vec<double> some = splat(2.0);
+      some[1] = x;
+      const double got = log(some)[1], want = std::log(x);
+      expect(log(some)[0] == log(splat(2.0))[0] && (got == want || (std::isnan(got) && std::isnan(want))), "log of", x);
+    }
+  }
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   expect(exp(splat(-inf))[0] == 0 && exp(splat(T(-1e30)))[0] == 0, "exp(-inf)", 0);
   expect(exp(splat(inf))[0] == inf && exp(splat(T(1e30)))[0] == inf, "exp(inf)", 0);
