@@ -216,7 +216,9 @@ def cross_entropy(
     ):
         try:
             code = _REDUCTIONS[reduction]
-            if weight is None and ignore_index is _IGNORED and label_smoothing is _OFF:  # what it need not read
+            if (
+                weight is None and ignore_index is _IGNORED and label_smoothing is _OFF
+            ):  # what it need not read
                 return torch._C._nn.cross_entropy_loss(input, target, reduction=code)
             return torch._C._nn.cross_entropy_loss(input, target, weight, code, ignore_index, label_smoothing)
         except (LookupError, RuntimeError, TypeError, ValueError):
