@@ -472,6 +472,7 @@ def test_operators_of_plain_calls():
         ((q, k, v.double(), False, True), "value has another dtype"),
         ((q, k, v[:, :, 1:], False, True), "value has shape"),
         ((q[0], k, v, False, True), "must be .B, H, T, D."),
+        ((q, k[0], v, False, False), "must be .B, H, T, D."),
         ((q.to_sparse(), k, v, False, True), "Sparse"),
         ((q, k.to("meta"), v, False, True), "several devices"),
         ((q.int(), k.int(), v.int(), False, True), "must be float64"),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cases import OPERATORS, eager_linear_cross_entropy
 from harness import check_autocast, cotangents_for, differentiable, run, tensors_of
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +182,27 @@ def test_derivative_transforms(ours, eager, floats, rest, transform):
         return getattr(torch.func, transform)(function, argnums=tuple(range(len(values))))(*values)
 
     torch.testing.assert_close(apply(ours), apply(eager))
+
+
+@every_function
+@pytest.mark.parametrize("whole", (False, True), ids=("of an eager forward", "of a compiled step"))
+def test_compiled_autograd(ours, eager, floats, rest, whole):
+    """torch traces the backward with gradients enabled, as where a graph of it is wanted."""
+    torch._dynamo.reset()
+    values, given = [x.requires_grad_() for x in floats()], rest()
+    expected = torch.autograd.grad(close(eager, given)(*values).sin().sum(), values)
+
+    def step():
+        close(ours, given)(*values).sin().sum().backward()
+
+    if whole:
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(step, backend="aot_eager")()
+    else:
+        output = close(ours, given)(*values).sin().sum()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            output.backward()
+    torch.testing.assert_close([x.grad for x in values], list(expected))
 
 
 @every_function

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 import sys
 import threading
 
@@ -102,6 +103,32 @@ def test_no_more_is_kept_than_was_in_use():
     for x, target in made:
         gradient(x, target)
     assert mapped() - before < 2 * sizes[-1] * C * 4
+
+
+LEFT = """
+import torch, fastlm
+def left():  # to the system, in bytes
+    with open("/proc/self/smaps_rollup") as f:
+        return sum(int(line.split()[1]) * 1024 for line in f if line.startswith("LazyFree"))
+x, target = torch.randn(200, 50257, requires_grad=True), torch.randint(50257, (200,))
+def gradients(n):
+    return [torch.autograd.grad(fastlm.cross_entropy(x, target), x)[0] for _ in range(n)]
+some = gradients(5)  # 40 MB each
+del some
+few = left()
+many = gradients(10)
+del many
+print(few, left())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system doesn't tell")
+def test_what_was_freed_last_is_not_left_to_the_system():
+    ran = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=True)
+    few, many = map(int, ran.stdout.split())
+    size = 200 * C * 4
+    assert few == 0
+    assert 3 * size < many < 5 * size  # of 402 MB all but 256 MiB
 
 
 def test_freed_on_another_thread():

@@ -278,7 +278,7 @@ DenseOptions no_options(bool is_causal, const Tensor& query) {
 
 std::tuple<Tensor, Tensor> plain_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                                    bool is_causal, bool enable_gqa) {
-  STD_TORCH_CHECK(enable_gqa || (query.dim() == 4 && key.dim() == 4 && query.size(1) == key.size(1)),
+  STD_TORCH_CHECK(enable_gqa || query.dim() != 4 || key.dim() != 4 || query.size(1) == key.size(1),
                   "fastlm::plain_attention_forward: fewer key heads need enable_gqa");
   return dense_forward(query, key, value, no_options(is_causal, query));
 }

@@ -334,6 +334,13 @@ def batched(*gradients: torch.Tensor | None) -> bool:
     return False
 
 
+def asks_for_graph(*gradients: torch.Tensor | None) -> bool:
+    """Whether a backward for these is to be differentiated itself (``create_graph=True``) or runs for a batch of
+    them: the reference formulas can. Not where compiled autograd traces it, with gradients enabled: nothing
+    differentiates what comes of that."""
+    return not is_dynamo_compiling() and (torch.is_grad_enabled() or batched(*gradients))
+
+
 def are_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether kernels for CPUs may read these, and nothing stands between, but perhaps autograd."""
     for x in tensors:

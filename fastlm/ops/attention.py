@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import (
-    batched,
+    asks_for_graph,
     choose_backend,
     eager_call,
     is_recorded,
@@ -132,9 +132,8 @@ def _gradients(ctx, dout, dlse):
 
 
 def _is_for_formula(backend: str, *grad_outputs: Tensor | None) -> bool:
-    """Whether no kernel's backward can serve: create_graph=True asks for gradients that can be differentiated
-    again."""
-    return backend == "eager" or torch.is_grad_enabled() or batched(*grad_outputs)
+    """Whether no kernel's backward can serve."""
+    return backend == "eager" or asks_for_graph(*grad_outputs)
 
 
 def _formula(is_causal, scale, seed=None, dropout_p=0.0, left=-1, right=-1, softcap=0.0):

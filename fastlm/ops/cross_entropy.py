@@ -24,10 +24,11 @@ torch.compile, which plans memory better than that, the backward reads the logit
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastlm import reference
 from fastlm.ops import (
-    batched,
+    asks_for_graph,
     choose_backend,
     eager_call,
     kernel,
@@ -91,7 +92,7 @@ def _gradients(ctx, dloss, dlse):
     input, target, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
     backend = choose_backend("cross_entropy", input, backward=True)
-    if torch.is_grad_enabled() or batched(dloss, dlse) or backend == "eager":
+    if backend == "eager" or asks_for_graph(dloss, dlse):
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
         if dloss is not None:
             dloss = dloss.to(compute_dtype(input.dtype))
@@ -170,7 +171,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse=None):
-        if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
+        if ctx.fused and dloss is not None and not (is_dynamo_compiling() or asks_for_graph(dloss)):
             dinput, dtarget = *scale_known_gradients(ctx, "cross_entropy", dloss, ("dinput",)), None
         else:
             dinput, dtarget = _gradients(ctx, dloss, dlse)
@@ -268,7 +269,7 @@ def _linear_gradients(ctx, dloss, dlse, needed):
     input, linear_weight, target, linear_bias, weight, lse, low = ctx.saved_tensors
     reduction = ctx.options[0]
     backend = choose_backend("linear_cross_entropy", input, backward=True)
-    if torch.is_grad_enabled() or batched(dloss, dlse) or backend == "eager":
+    if backend == "eager" or asks_for_graph(dloss, dlse):
         name, rest = REDUCTIONS[reduction], ctx.options[1:]
         if dloss is not None:
             dloss = dloss.to(compute_dtype(input.dtype))
@@ -323,7 +324,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse=None):
-        if ctx.fused and dloss is not None and not torch.is_grad_enabled() and not batched(dloss):
+        if ctx.fused and dloss is not None and not (is_dynamo_compiling() or asks_for_graph(dloss)):
             grads = scale_known_gradients(ctx, "linear_cross_entropy", dloss, _LINEAR_GRADIENTS)
         else:
             grads = _linear_gradients(ctx, dloss, dlse, ctx.needed)

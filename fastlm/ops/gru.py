@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.ops import (
-    batched,
+    asks_for_graph,
     choose_backend,
     eager_call,
     kernel,
@@ -77,8 +77,7 @@ def _gradients(ctx, dout, dhn, input_wanted, hx_wanted, weights_wanted):
     if dout is None and dhn is None:
         return None, None, [None] * len(weights)
     backend = choose_backend("gru", input, backward=True)
-    # create_graph=True asks for gradients that can be differentiated again.
-    if torch.is_grad_enabled() or batched(dout, dhn) or backend == "eager":
+    if backend == "eager" or asks_for_graph(dout, dhn):
 
         def formula(input, hx, *weights):
             return reference.gru_layer(
