@@ -50,7 +50,8 @@ inline constexpr int kMR = 4;
 template <class T> inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 template <class T> concept Number = __is_same(T, float) || __is_same(T, double) || __is_same(T, int8_t) ||
-    __is_same(T, uint16_t) || __is_same(T, int32_t) || __is_same(T, uint32_t) || __is_same(T, int64_t);
+    __is_same(T, uint16_t) || __is_same(T, int32_t) || __is_same(T, uint32_t) || __is_same(T, int64_t) ||
+    __is_same(T, uint64_t);
 template <class T, int kBytes> struct VectorOf {};
 template <Number T, int kBytes> struct VectorOf<T, kBytes> {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -643,13 +644,15 @@ FASTLM_INLINE double log(double x) { return __builtin_log(x); }
 // which is less than 0.172. Fast for normal numbers above 0.
 FASTLM_INLINE Vec<double> log(Vec<double> x) {
   using V = Vec<double>;
-  const Vec<int64_t> bits = bits_of<Vec<int64_t>>(x), n = (bits - 0x3fe6a09e667f3bcd) >> 52;
+  using Bits = Vec<uint64_t>;
+  const Bits bits = bits_of<Bits>(x);
+  const Bits n = bits_of<Bits>(bits_of<Vec<int64_t>>(bits - 0x3fe6a09e667f3bcdu) >> 52);
   const V m = bits_of<V>(bits - (n << 52)), f = m - splat(1.), s = f / (f + splat(2.)), z = s * s;
   V p = splat(1. / 21);
 #pragma GCC unroll 9
   for (int i = 19; i >= 3; i -= 2) p = fma(p, z, splat(1. / i));
   const V near = fma((s + s) * z, p, s + s);
-  const V exponent = bits_of<V>(n + 0x4338000000000000) - splat(6755399441055744.);  // 1.5 * 2^52
+  const V exponent = bits_of<V>(n + 0x4338000000000000u) - splat(6755399441055744.);  // 1.5 * 2^52
   // log 2 in two parts, of which the first has 21 bits: its products are exact.
   V y = fma(exponent, splat(0.693147182464599609375), fma(exponent, splat(-1.90465429995776787854e-9), near));
   const V others = select((x >= splat(0x1p-1022)) & (x < splat(__builtin_inf())), V{}, splat(1.));
