@@ -289,9 +289,8 @@ _AUTOCAST = frozenset(
 
 
 autocast_is_on_somewhere = torch._C._is_any_autocast_enabled
-dispatch_modes = (
-    torch._C._len_torch_dispatch_stack
-)  # how many see operators of plain tensors, as a counter does
+# How many see the operators of plain tensors, as a counter of operations does.
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -355,9 +354,9 @@ def are_plain(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 
 def is_recorded(gradient: torch.Tensor) -> bool:
-    """Whether a backward's own operations are watched: a graph of it is made, it is batched, or a mode sees them.
-    torch's operators serve it then."""
-    return torch.is_grad_enabled() or batched(gradient) or dispatch_modes() > 0
+    """Whether a backward's own operations are watched: compiled autograd traces it, a graph of it is made, it is
+    batched, or a mode sees them. torch's operators serve it then."""
+    return is_dynamo_compiling() or torch.is_grad_enabled() or batched(gradient) or dispatch_modes() > 0
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:
