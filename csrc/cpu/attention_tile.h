@@ -30,7 +30,7 @@ struct Arena {
 
 // ---- the exponential of the softmax ----
 
-// Where weights are rounded to 16 bits, or what is summed with them is, exponentials within 2^-20 will do.
+// Where weights are rounded to 16 bits, or what is summed with them is, exponentials within 2^-19 will do.
 template <class S> inline constexpr bool kRoughWeights = sizeof(S) < sizeof(compute_t<S>);
 
 // Softmax takes powers of 2 for float and of e otherwise: kLog turns natural logarithms into these units.

@@ -578,29 +578,44 @@ FASTLM_INLINE Reduced reduce(Vec<float> x) {
   return {exp_rest(x, biased - magic), bits_of<Vec<float>>(bits_of<Words>(biased) << 23)};
 }
 
-// For x up to 88, as a softmax takes it, whose x are mostly below 0: without the checks of exp. 0 from about -88 on,
-// some number below the normal ones shortly before; NaN stays NaN. Rough: within 2^-20, for what is rounded to 16 bits.
-template <bool kRough = false> FASTLM_INLINE Vec<float> exp_negative(Vec<float> x) {
-  x = max(splat(-88.0296919f), x);  // -127 log 2
 #if defined(__AVX512F__)
-  // x = (n + j / 16) log 2 + rest: the powers 2^(j/16) are in a register, and of the rest a cubic is 1.6e-9 from exp,
-  // a square 4.3e-7.
+// exp within 2^-19, by 9 instructions: x = (n + j / 16) log 2 + rest, and a square in the rest is a (t t + w) with
+// t = rest + 23 / 16 log 2, where half of it would be (rest + 1)^2 + 1. The powers a 2^(j/16) are in a register.
+FASTLM_INLINE Vec<float> exp_rough(Vec<float> x) {
   const Words powers = {  // their bits, less j << 19, which n << 23 brings with it
-      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
-  const Vec<float> magic = splat(786432.f);  // 1.5 * 2^19: the low bits hold 16 n + j
-  const Vec<float> shifted = fma(x, splat(1.44269504f), magic);
-  const Vec<float> steps = shifted - magic;
-  // One product is up to 2.4e-7 from the rest. By name: rounded before the sum, it would be 15 times as far.
-  const Vec<float> rest = kRough ? Vec<float>(_mm512_fnmadd_ps(__m512(steps), __m512(splat(0.693147181f)), __m512(x)))
-                                 : exp_rest(x, steps);
+      0x3f0078e0, 0x3efe28fd, 0x3efc1993, 0x3efa4d7a, 0x3ef8c7af, 0x3ef78b4e, 0x3ef69b98, 0x3ef5fbf1,
+      0x3ef5afe5, 0x3ef5bb27, 0x3ef62194, 0x3ef6e737, 0x3ef81046, 0x3ef9a128, 0x3efb9e76, 0x3efe0cfd};
+  const Vec<float> shifted = fma(x, splat(1.44269504f), splat(786432.f));  // 1.5 * 2^19: the low bits hold 16 n + j
+  const Vec<float> steps = shifted - splat(786432.f + 1.4375f);
+  // By name: rounded before the sum, the product would be 15 times as far off.
+  const Vec<float> t = Vec<float>(_mm512_fnmadd_ps(__m512(steps), __m512(splat(0.693147181f)), __m512(x)));
   const Words at = bits_of<Words>(shifted);
   const Words power = Words(_mm512_permutexvar_epi32(__m512i(at), __m512i(powers))) + (at << 19);
-  const Vec<float> curve = kRough ? fma(rest, splat(0.49999985f), splat(1.0000585f))
-                                  : fma(fma(rest, splat(0.16667026f), splat(0.5000162f)), rest, splat(1.f));
+  const Vec<float> curve = fma(t, t, splat(0.999838352f));  // exp_rough(0) is 1
+  return (x <= splat(-86.6f)) ? Vec<float>{} : curve * bits_of<Vec<float>>(power);  // 0 below the normal numbers
+}
+#endif
+
+// For x up to 88, as a softmax takes it, whose x are mostly below 0: without the checks of exp. 0 from about -88 on,
+// some number below the normal ones shortly before, 0 too where it is rough; NaN stays NaN. Rough: within 2^-19, for what
+// is rounded to 16 bits.
+template <bool kRough = false> FASTLM_INLINE Vec<float> exp_negative(Vec<float> x) {
+#if defined(__AVX512F__)
+  if constexpr (kRough) return exp_rough(x);
+  x = max(splat(-88.0296919f), x);  // -127 log 2
+  // As in exp_rough; a cubic in the rest is 1.6e-9 from exp.
+  const Words powers = {
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const Vec<float> magic = splat(786432.f);
+  const Vec<float> shifted = fma(x, splat(1.44269504f), magic);
+  const Vec<float> rest = exp_rest(x, shifted - magic);
+  const Words at = bits_of<Words>(shifted);
+  const Words power = Words(_mm512_permutexvar_epi32(__m512i(at), __m512i(powers))) + (at << 19);
+  const Vec<float> curve = fma(fma(rest, splat(0.16667026f), splat(0.5000162f)), rest, splat(1.f));
   return fma(bits_of<Vec<float>>(power), curve * rest, bits_of<Vec<float>>(power));
 #else
-  const auto [r, power] = reduce(x);
+  const auto [r, power] = reduce(max(splat(-88.0296919f), x));
   return exp_of_rest<kRough>(r) * power;
 #endif
 }
