@@ -17,6 +17,7 @@ import gc
 import math
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -195,13 +196,14 @@ def interleave(calls: dict[str, Callable], warm: dict[str, float], budget: float
     names = list(calls)
     loops = {name: 1 if warm[name] > budget else repeats(calls[name]) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
+    shuffle = random.Random(0)
     turn, spent, began = 0, 0.0, time.perf_counter()
     gc.collect()
     gc.disable()
     try:
         while names and turn < MOST_ROUNDS and spent < (budget if turn >= 3 else 3 * budget):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            # Any order as often as another: who comes after torch.compile finds nothing of its own in the caches.
+            for name in shuffle.sample(names, len(names)):
                 call, count = calls[name], range(loops[name])
                 start = time.perf_counter()
                 for _ in count:

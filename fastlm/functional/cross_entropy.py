@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastlm import reference
+from fastlm import ops, reference
 from fastlm.functional.arguments import check_flag, check_integer, check_number, check_tensor
-from fastlm.ops import KERNEL_DTYPES, autocast_is_on, choose_backend, is_tiny, memory, under_transform
+from fastlm.ops import KERNEL_DTYPES, PLAIN, autocast_is_on, choose_backend, memory, under_transform
 from fastlm.ops import cross_entropy as ops_cross_entropy
 from fastlm.ops.cross_entropy import compute_dtype
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _OFF, _IGNORED = 0.0, -100  # defaults, known by their identity
-_int64 = torch.int64
 
 
 def _check_loss_options(
@@ -159,8 +159,7 @@ def cross_entropy(
         + z \cdot \mathrm{lse}^2
 
     Loss and gradient are computed in one sweep over the logits. A tiny call on the CPU (see
-    :data:`fastlm.ops.TINY`), with class indices and none of the options below that PyTorch lacks, is
-    PyTorch's own.
+    :data:`fastlm.ops.TINY`), with none of the options below that PyTorch lacks, is PyTorch's own.
 
     Args:
         input (Tensor): logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``; float64, float32,
@@ -205,23 +204,27 @@ def cross_entropy(
             reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             return_lse=return_lse,
         )  # fmt: skip
+    usual = z_loss is softcap is label_smoothing is _OFF
     if (
         size_average is reduce is None
-        and (z_loss is softcap is label_smoothing is _OFF or _are_torchs(z_loss, softcap, label_smoothing))
         and return_lse is False
-        and is_tiny("cross_entropy", input)
-        and isinstance(target, Tensor)
-        and target.dtype is _int64
-        and (input.ndim > 1 or target.ndim == 0)  # of (C) and (1) PyTorch has no gradient
+        and (usual or _are_torchs(z_loss, softcap, label_smoothing))
+        and ops._forced is None  # what is_tiny asks, without a call
+        and type(input) in PLAIN
+        and not is_dynamo_compiling()
+        and input.is_cpu
+        and type(size := input.numel()) is int
+        and 0 < size <= ops.TINY["cross_entropy"]
     ):
         try:
             code = _REDUCTIONS[reduction]
-            if (
-                weight is None and ignore_index is _IGNORED and label_smoothing is _OFF
-            ):  # what it need not read
-                return torch._C._nn.cross_entropy_loss(input, target, reduction=code)
-            return torch._C._nn.cross_entropy_loss(input, target, weight, code, ignore_index, label_smoothing)
-        except (LookupError, RuntimeError, TypeError, ValueError):
+            if input.ndim > 1 or target.ndim == 0:  # of (C) and (1) PyTorch has no gradient
+                if usual and weight is None and ignore_index is _IGNORED:  # what it need not read
+                    return torch._C._nn.cross_entropy_loss(input, target, None, code)
+                return torch._C._nn.cross_entropy_loss(
+                    input, target, weight, code, ignore_index, label_smoothing
+                )
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # arguments that don't fit: the checks below say so
     name = "fastlm.cross_entropy"
     if size_average is not None or reduce is not None:

@@ -158,7 +158,7 @@ def choose_backend(
 
     `unsupported` says why no kernel covers the call's features, if none does; plain PyTorch serves
     it then, unless another backend is forced. `value`, of attention, is asked about in the place of the
-    query where its heads are larger. The functions in TINY ask `is_tiny` before.
+    query where its heads are larger. The functions in TINY ask before what `is_tiny` asks.
     """
     if _forced is None:
         if unsupported is None and tensor.dtype in KERNEL_DTYPES:
