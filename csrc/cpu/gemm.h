@@ -378,24 +378,31 @@ inline void gemm_tile(const Gemm<SA, SB, SC>& g, int64_t m0, int64_t M, int64_t 
   }
 }
 
-// n in as few parts of at most `most` as will do, as even as multiples of `unit` are.
-FASTLM_INLINE int64_t even_part(int64_t n, int64_t most, int64_t unit) {
-  return round_up(ceil_div(n, ceil_div(n, most)), unit);
+// The tiles of an M x N product that take the least time: that of the busiest thread's, in multiply-adds for a step of
+// k. How C is cut changes no sum.
+struct Tiles { int64_t M, N; };
+template <class Block> inline Tiles cut(int64_t M, int64_t N, int64_t threads) {
+  constexpr int64_t kPacking = 8;  // the time of an element of A or B, in that of a lane's multiply-add
+  constexpr int64_t kLeastM = 8 * kMR, kLeastN = 2 * Block::kNR;
+  const int64_t rows = ceil_div(M, Block::kMC), columns = ceil_div(N, Block::kNC);
+  Tiles best{};
+  int64_t least_time = 0;
+  for (int64_t r = rows; r == rows || (r <= rows + threads && r <= M / kLeastM); ++r)
+    for (int64_t c = columns; c == columns || (c <= columns + threads && c <= N / kLeastN); ++c) {
+      const Tiles tile{round_up<int64_t>(ceil_div(M, r), kMR), round_up<int64_t>(ceil_div(N, c), Block::kNR)};
+      const int64_t m = least(tile.M, M), n = least(tile.N, N);
+      const int64_t rounds = ceil_div(ceil_div(M, tile.M) * ceil_div(N, tile.N), threads);
+      const int64_t time = rounds * (m * n + kPacking * (m + n));
+      if (best.M == 0 || time < least_time) best = tile, least_time = time;
+    }
+  return best;
 }
 
 template <class SA, class SB, class SC> inline void gemm(const Pool& pool, const Gemm<SA, SB, SC>& g) {
-  using Block = Blocking<SA, SB, SC>;
   if (g.M <= 0 || g.N <= 0) return;
-  // Smaller tiles where there are too few for the threads: how C is cut changes no sum.
-  int64_t M = even_part(g.M, Block::kMC, kMR), N = even_part(g.N, Block::kNC, Block::kNR);
-  const auto tiles = [&] { return ceil_div(g.M, M) * ceil_div(g.N, N); };
-  const int64_t wanted = pool.threads > 1 ? 4 * pool.threads : 1;
-  while (tiles() < wanted && (M > 8 * kMR || N > 2 * Block::kNR)) {
-    if (M > 8 * kMR && (M >= N || N <= 2 * Block::kNR)) M = round_up<int64_t>(M / 2, kMR);
-    else N = round_up<int64_t>(N / 2, Block::kNR);
-  }
+  const auto [M, N] = cut<Blocking<SA, SB, SC>>(g.M, g.N, greatest(pool.threads, 1));
   const int64_t rows = ceil_div(g.M, M);
-  parallel_items(pool, tiles(), [&](int64_t i) {
+  parallel_items(pool, rows * ceil_div(g.N, N), [&, M = M, N = N](int64_t i) {
     const int64_t m = (i % rows) * M, n = (i / rows) * N;
     gemm_tile(g, m, least(M, g.M - m), n, least(N, g.N - n));
   });
