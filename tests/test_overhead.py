@@ -53,6 +53,20 @@ def test_cross_entropy_has_second_derivatives(served):
     assert "cross_entropy_loss" in served
 
 
+@pytest.mark.parametrize("shape", ((2, 8, 16), (2, 3, 8, 16), (2, 2, 3, 8, 16)), ids=len)
+def test_attention_of_any_rank_takes_the_short_way(shape, monkeypatch):
+    q, k, v = (torch.randn(*shape[:-2], T, 16, requires_grad=True) for T in (8, 9, 9))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    monkeypatch.setattr("fastlm.functional.attention._four_dimensions", None)
+    out = fastlm.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    assert out.stride() == expected.stride()
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), cotangent), torch.autograd.grad(expected, (q, k, v), cotangent)
+    )
+
+
 def cell(B=2, H=8, **options):
     return [
         torch.randn(*shape, requires_grad=True, **options)

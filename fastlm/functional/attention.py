@@ -69,8 +69,10 @@ def _check_scale(name: str, scale: float | None, query: Tensor) -> float:
 def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor | None:
     """The result of an eager call without options, by the shortest way; None for tensors that it is not for, which
     the caller's checks are for."""
-    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN and query.dim() == 4):
+    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
         return None
+    if query.dim() != 4:
+        return None if enable_gqa else _plain_of_any_rank(query, key, value, is_causal)
     try:
         backend = choose_backend("scaled_dot_product_attention", query, value=value)
         if backend != "cpu" and (backend == "eager" or not _are_usual(query, key, value, enable_gqa)):
@@ -78,6 +80,20 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gq
         return ops_attention.plain_attention(query, key, value, is_causal, enable_gqa, backend)
     except RuntimeError:  # from the CPU's operator, which asks what _are_usual does, in less time
         return None
+
+
+def _plain_of_any_rank(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor | None:
+    """The same for (N, T, D), as the heads of one batch, and for more leading dimensions, as one: equal ones."""
+    lead = query.shape[:-2]
+    n = len(lead)
+    if n == 0 or lead != key.shape[:-2] or lead != value.shape[:-2]:
+        return None
+    if n == 1:
+        result = _plain(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), is_causal, False)
+        return None if result is None else result.squeeze(0)
+    last = n - 2
+    result = _plain(query.flatten(0, last), key.flatten(0, last), value.flatten(0, last), is_causal, False)
+    return None if result is None else result.unflatten(0, lead[:-1])
 
 
 def _are_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
