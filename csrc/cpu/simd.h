@@ -579,20 +579,25 @@ FASTLM_INLINE Reduced reduce(Vec<float> x) {
 }
 
 #if defined(__AVX512F__)
+// 2^n times the j-th of 16 numbers, where the low bits of shifted, made by adding 1.5 * 2^19, hold 16 n + j. Of each
+// number the bits, less j << 19, which n << 23 brings with it.
+FASTLM_INLINE Vec<float> power_of(Vec<float> shifted, Words numbers) {
+  const Words at = bits_of<Words>(shifted);
+  return bits_of<Vec<float>>(Words(_mm512_permutexvar_epi32(__m512i(at), __m512i(numbers))) + (at << 19));
+}
+
 // exp within 2^-19, by 9 instructions: x = (n + j / 16) log 2 + rest, and a square in the rest is a (t t + w) with
 // t = rest + 23 / 16 log 2, where half of it would be (rest + 1)^2 + 1. The powers a 2^(j/16) are in a register.
 FASTLM_INLINE Vec<float> exp_rough(Vec<float> x) {
-  const Words powers = {  // their bits, less j << 19, which n << 23 brings with it
+  const Words powers = {
       0x3f0078e0, 0x3efe28fd, 0x3efc1993, 0x3efa4d7a, 0x3ef8c7af, 0x3ef78b4e, 0x3ef69b98, 0x3ef5fbf1,
       0x3ef5afe5, 0x3ef5bb27, 0x3ef62194, 0x3ef6e737, 0x3ef81046, 0x3ef9a128, 0x3efb9e76, 0x3efe0cfd};
-  const Vec<float> shifted = fma(x, splat(1.44269504f), splat(786432.f));  // 1.5 * 2^19: the low bits hold 16 n + j
+  const Vec<float> shifted = fma(x, splat(1.44269504f), splat(786432.f));
   const Vec<float> steps = shifted - splat(786432.f + 1.4375f);
   // By name: rounded before the sum, the product would be 15 times as far off.
   const Vec<float> t = Vec<float>(_mm512_fnmadd_ps(__m512(steps), __m512(splat(0.693147181f)), __m512(x)));
-  const Words at = bits_of<Words>(shifted);
-  const Words power = Words(_mm512_permutexvar_epi32(__m512i(at), __m512i(powers))) + (at << 19);
   const Vec<float> curve = fma(t, t, splat(0.999838352f));  // exp_rough(0) is 1
-  return (x <= splat(-86.6f)) ? Vec<float>{} : curve * bits_of<Vec<float>>(power);  // 0 below the normal numbers
+  return (x <= splat(-86.6f)) ? Vec<float>{} : curve * power_of(shifted, powers);  // 0 below the normal numbers
 }
 #endif
 
@@ -610,10 +615,9 @@ template <bool kRough = false> FASTLM_INLINE Vec<float> exp_negative(Vec<float> 
   const Vec<float> magic = splat(786432.f);
   const Vec<float> shifted = fma(x, splat(1.44269504f), magic);
   const Vec<float> rest = exp_rest(x, shifted - magic);
-  const Words at = bits_of<Words>(shifted);
-  const Words power = Words(_mm512_permutexvar_epi32(__m512i(at), __m512i(powers))) + (at << 19);
+  const Vec<float> power = power_of(shifted, powers);
   const Vec<float> curve = fma(fma(rest, splat(0.16667026f), splat(0.5000162f)), rest, splat(1.f));
-  return fma(bits_of<Vec<float>>(power), curve * rest, bits_of<Vec<float>>(power));
+  return fma(power, curve * rest, power);
 #else
   const auto [r, power] = reduce(max(splat(-88.0296919f), x));
   return exp_of_rest<kRough>(r) * power;
