@@ -379,6 +379,7 @@ template <class S> static void run_rows(const CrossEntropyParams& p) {
 inline constexpr int kTileVecs = 4;
 inline constexpr int64_t kClassBlock = 32;
 inline constexpr int64_t kShortRow = 32;  // classes
+static_assert(kShortRow <= kClassBlock, "rows without a gap are read and written as one");
 
 FASTLM_INLINE bool has_short_rows(const CrossEntropyParams& p) {
   return p.rows && p.C <= kShortRow && p.S == 1 && p.token.target;
@@ -428,19 +429,15 @@ template <class S> struct Tile {
   }
 
   void block(int64_t c0, int64_t n) const {
-    const T cap = T(p.token.softcap);
-    if (p.rows) {
+    if (p.rows)
       take_rows(c0, n);
-      if (cap != 0)
-        for (int64_t c = 0; c < n; ++c)
-          each([&](int64_t j, auto) { store(values + c * kWidth + j, capped(load(values + c * kWidth + j), cap)); });
-      return;
-    }
+    else
+      for (int64_t c = 0; c < n; ++c)
+        each([&](int64_t j, auto w) { store(values + c * kWidth + j, load<T>(x + (c0 + c) * p.input_at.c + j, w)); });
+    const T cap = T(p.token.softcap);
+    if (cap == 0) return;
     for (int64_t c = 0; c < n; ++c)
-      each([&](int64_t j, auto w) {
-        const V v = load<T>(x + (c0 + c) * p.input_at.c + j, w);
-        store(values + c * kWidth + j, cap == 0 ? v : capped(v, cap));
-      });
+      each([&](int64_t j, auto) { store(values + c * kWidth + j, capped(load(values + c * kWidth + j), cap)); });
   }
 
   T weight(int64_t c) const {
