@@ -1,6 +1,6 @@
 """Time, memory and floor of a workload: the one way of measuring behind pytest and `fastlm bench`.
 
-Time. The contenders take turns, one round each, in rotating order, so that a slow minute of the
+Time. The contenders take turns, one round each, in random order, so that a slow minute of the
 machine hits all of them; the figure is the median. Each contender's result is compared with the
 reference before anything is timed, which is its warm-up too.
 
