@@ -66,14 +66,14 @@ class KeptMemory {
     return *all;
   }
 
-  // The smallest that fits, unless it is more than twice what is asked for.
+  // The smallest that fits, unless it is more than twice what is asked for; of equal ones that given last.
   static Block take_kept(size_t bytes) {
     const Hold hold;
     if (!hold.mine) return {};
     std::vector<Block>& all = blocks();
     auto best = all.end();
     for (auto b = all.begin(); b != all.end(); ++b)
-      if (b->size >= bytes && b->size / 2 <= bytes && (best == all.end() || b->size < best->size)) best = b;
+      if (b->size >= bytes && b->size / 2 <= bytes && (best == all.end() || b->size <= best->size)) best = b;
     if (best == all.end()) return {};
     const Block found = *best;
     kept -= found.size;
@@ -81,7 +81,8 @@ class KeptMemory {
     return found;
   }
 
-  // Returns what is too much then: no more is kept than was once in use. The last that were given stay held.
+  // Returns what is too much then: half as much again is kept as was once in use, since a step's results are of several
+  // sizes, in use one after the other. The last that were given stay held.
   static std::vector<Block> keep(Block b) {
     const Hold hold;
     if (!hold.mine) return {b};
@@ -89,7 +90,7 @@ class KeptMemory {
     all.push_back(b);
     kept += b.size;
     auto end = all.begin();
-    for (; kept > most_used; ++end) kept -= end->size;
+    for (; kept > most_used * 3 / 2; ++end) kept -= end->size;
     std::vector<Block> surplus(all.begin(), end);
     all.erase(all.begin(), end);
     size_t held = 0;
