@@ -91,7 +91,7 @@ def test_other_sizes():
         torch.testing.assert_close(gradient(x, target), expected(x, target))
 
 
-def test_no_more_is_kept_than_was_in_use():
+def test_what_is_kept_is_bounded_by_what_was_in_use():
     def mapped():
         with open("/proc/self/statm") as f:
             return int(f.read().split()[0]) * resource.getpagesize()
